@@ -1,0 +1,47 @@
+"""Text in: from a corpus to batches of token ids. In reading order:
+
+    sources      what `--data` names: files, folders, globs, downloads
+    download     an http(s) file, resumed and whole
+    corpus       documents, and which of them are for validation
+    bpe          byte-pair encoding learnt from text
+    tokenizer    text to ids and back; `load_tokenizer` for `--tokenizer`
+    hf_tokenizer a Hugging Face tokenizer.json as ranks
+    token_files  files of ids written elsewhere
+    tokens       text as a memory-mapped stream of ids; `load` for the whole way
+    loader       batches: random windows for training, all windows for evaluation
+    cache        where all of this is kept, and how it is written whole
+
+The whole way:
+
+    texts = lambda: (document.text for document in training_documents("python"))
+    tokenizer = load_tokenizer("bpe", texts=texts, vocab_size=4096)
+    training, validation = load("python", tokenizer)
+    for inputs, targets, documents in Loader(training, batch_size=16, seq_len=256, seed=0): ...
+"""
+
+from data.cache import cache_folder
+from data.corpus import Document, documents, is_validation, python_library, training_documents, validation_documents
+from data.loader import IGNORE, Batch, Loader, windows
+from data.token_files import write_shard
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokens import Tokens, load, tokenize
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Document",
+    "Loader",
+    "Tokenizer",
+    "Tokens",
+    "cache_folder",
+    "documents",
+    "is_validation",
+    "load",
+    "load_tokenizer",
+    "python_library",
+    "tokenize",
+    "training_documents",
+    "validation_documents",
+    "windows",
+    "write_shard",
+]

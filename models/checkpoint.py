@@ -1,0 +1,140 @@
+"""Checkpoints: folders that exist whole or not at all.
+
+A checkpoint is written into a temporary folder beside its place, with a manifest of every file's length and SHA-256,
+flushed to the disk, and renamed. So a folder of its name is complete, whenever the writer was killed; and a file that was
+cut or altered later is found by its digest and named. Tensors are safetensors, everything else is JSON: reading one
+executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-([0-9]+)")
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Make `run`/step-N of the files that `write(folder)` puts into a folder; of older ones the last `keep - 1` stay."""
+    target, partial = run / f"step-{step:06d}", run / f".step-{step:06d}.{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest(path)] for path in files}
+        write_json(partial / MANIFEST, manifest)
+        for path in [*files, partial / MANIFEST, partial]:
+            flush(path)
+        if target.exists():  # a resumed run that comes by the same step again
+            shutil.rmtree(target)
+        partial.rename(target)
+        flush(run)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+
+
+def find(place: Path) -> Path:
+    """The checkpoint that a path means: itself, the newest of a run, the newest run's in a folder of runs. It is verified.
+
+    A folder of published weights is returned as it is. ValueError if there is none, or if it is damaged.
+    """
+    found = [place] if (place / "config.json").exists() else checkpoints(place)[-1:]
+    found = found or [c[-1] for folder in place.glob("*/") if (c := checkpoints(folder))]
+    if not found:
+        raise ValueError(f"checkpoint: there is none in {str(place)!r}")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if (newest / MANIFEST).exists():
+        verify(newest)
+    return newest
+
+
+def verify(folder: Path) -> None:
+    """ValueError naming the first file of a checkpoint that is missing, cut short or altered."""
+    for name, (size, checksum) in read_json(folder / MANIFEST).items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} has {path.stat().st_size} bytes, not {size}")
+        if digest(path) != checksum:
+            raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} was altered (its SHA-256 differs)")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a language model by name; a head that is tied to the embedding is not there twice."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not (model.config.tie and name == "head.weight")}
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors by name into a language model, whose parameters may still be on the meta device.
+
+    ValueError naming the tensor that is missing, left over or of another shape.
+    """
+    wanted = model_tensors(model)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if name not in tensors or name not in wanted:
+            raise ValueError(f"{source}: the tensor {name!r} is {'missing' if name in wanted else 'not part of this model'}")
+        if tensors[name].shape != wanted[name].shape:
+            shapes = f"{tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
+            raise ValueError(f"{source}: the tensor {name!r} has the shape {shapes}")
+    model.load_state_dict(tensors, assign=True, strict=not model.config.tie)
+    if model.config.tie:
+        model.head.weight = model.embedding.weight
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. ValueError naming the file if it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """ValueError naming the file if it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{str(path)!r} is not JSON: it was cut short or altered") from None
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or the entries of a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,73 @@
+"""Decoding: tokens out of a model, one at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.language_model import LanguageModel
+
+
+@dataclass
+class Sampler:
+    """How the next token is drawn from the logits (B, V).
+
+    temperature: logits are divided by it; 0 takes the likeliest token. Of the tokens, these remain, in this order:
+    top_k: the k likeliest (0: all). Fan et al. 2018 (arXiv:1805.04833).
+    top_p: the fewest that hold this much probability. Holtzman et al. 2019, nucleus sampling (arXiv:1904.09751).
+    min_p: those at least this fraction as likely as the likeliest. Nguyen et al. 2024 (arXiv:2407.01082).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low, high in (("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 0, 1), ("min_p", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: {getattr(self, name)} is not between {low} and {high:g}")
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B, V) float32 probabilities on the CPU."""
+        logits = logits.float().cpu()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if self.top_k:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1:
+            ranked, order = logits.softmax(-1).sort(-1, descending=True)
+            enough = ranked.cumsum(-1) - ranked > self.top_p  # the ones before already hold top_p
+            logits = logits.masked_fill(enough.scatter(-1, order, enough), -torch.inf)
+        p = logits.softmax(-1)
+        if self.min_p:
+            p = p.masked_fill(p < self.min_p * p.max(-1, keepdim=True).values, 0)
+        return p / p.sum(-1, keepdim=True)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B,) int64 tokens, on the device of the logits."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return torch.multinomial(self.probabilities(logits), 1, generator=self.generator)[:, 0].to(logits.device)
+
+
+@torch.inference_mode()
+def generate(model: LanguageModel, prompt: Tensor, *, new_tokens: int, sampler: Sampler, stop: int | None = None) -> Iterator[Tensor]:
+    """Yield up to `new_tokens` tokens (B,) int64 that follow `prompt` (B, T) int64, ending early when all rows said `stop`."""
+    if prompt.shape[1] == 0:
+        raise ValueError("prompt: at least one token is needed to go on from")
+    state = model.init_state(prompt.shape[0], prompt.shape[1] + new_tokens)
+    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    tokens = prompt
+    for _ in range(new_tokens):
+        following = sampler(model(tokens, state=state, last=True)[:, -1])
+        yield following
+        ended |= following == stop if stop is not None else False
+        if ended.all():
+            return
+        tokens = following[:, None]

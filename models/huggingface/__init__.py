@@ -1,0 +1,100 @@
+"""Published weights in and out: folders in the Hugging Face format, config.json beside (sharded) safetensors.
+
+A family of checkpoints is one file that says how its configuration reads as ours and which of its tensors is which of
+ours; both directions are made from the same table.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import load_weights, read_json, read_tensors, write_json, write_tensors
+from models.config import Config
+from models.huggingface import gpt2, llama
+from models.language_model import LanguageModel
+
+FAMILIES = {"gpt2": gpt2, "llama": llama}
+SHARD_BYTES = 5 * 10**9
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder holds a published model rather than one of our checkpoints."""
+    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a published model as ours. ValueError where the family or an option of it is not known here."""
+    published = read_json(folder / "config.json")
+    return Config.of(**family_of(published.get("model_type")).config_in(published))
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A published model with its weights, on the CPU. ValueError naming a tensor that is missing, left over or misshapen."""
+    config = read_config(folder)
+    family = family_of(read_json(folder / "config.json")["model_type"])
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    theirs = {name.removeprefix(family.PREFIX): tensor for name, tensor in read_folder(folder).items()}
+    ours = {}
+    for entry in family.table(config):
+        if entry.theirs not in theirs:
+            raise ValueError(f"{str(folder)!r}: the tensor {entry.theirs!r} is missing")
+        parts = entry.split(theirs.pop(entry.theirs), [shapes[name][0] for name in entry.ours])
+        ours |= zip(entry.ours, (part.to(dtype) for part in parts), strict=True)
+    if config.tie:
+        theirs.pop("lm_head.weight", None)
+    if left := [name for name in theirs if not family.IGNORED.fullmatch(name)]:
+        raise ValueError(f"{str(folder)!r}: tensors that this model has no place for: {', '.join(sorted(left)[:4])}")
+    load_weights(model, ours, str(folder))
+    return model
+
+
+def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model as its published family would be: config.json and model.safetensors, in shards where it is large."""
+    name = next((name for name, family in FAMILIES.items() if family.fits(model)), None)
+    if name is None:
+        raise ValueError(f"export: no published family has this stack; there are {', '.join(FAMILIES)}")
+    family, ours = FAMILIES[name], model.state_dict()
+    prefixed = {True: family.PREFIX, False: ""}
+    theirs = {prefixed[e.prefixed] + e.theirs: e.join([ours[name] for name in e.ours]) for e in family.table(model.config)}
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {"model_type": name, **family.config_out(model), "dtype": dtype, "torch_dtype": dtype})
+    write_folder(folder, theirs, shard_bytes)
+
+
+def family_of(model_type: str | None):
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json: model_type {model_type!r} is not known here; there are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from model.safetensors or from the shards that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_tensors(folder / "model.safetensors")
+    places = read_json(index).get("weight_map", {})
+    shards = {name: read_tensors(folder / name) for name in sorted(set(places.values())) if Path(name).name == name}
+    for tensor, shard in places.items():
+        if tensor not in shards.get(shard, {}):
+            raise ValueError(f"{str(folder)!r}: {tensor!r} is not in {shard!r}, where the index puts it")
+    return {tensor: shards[shard][tensor] for tensor, shard in places.items()}
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        return write_tensors(folder / "model.safetensors", tensors)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_tensors(folder / name, shard)
+    places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})

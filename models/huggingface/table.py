@@ -1,0 +1,36 @@
+"""The table between a published checkpoint and ours: one entry a tensor of theirs, read in either direction."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Entry:
+    """A tensor of theirs and the ones of ours that it holds, one after the other along axis 0; `transposed`: then turned.
+
+    `prefixed`: whether the family's prefix ("model.", say) stands before the name.
+    """
+
+    def __init__(self, theirs: str, *ours: str, transposed: bool = False, prefixed: bool = True):
+        self.theirs, self.ours, self.transposed, self.prefixed = theirs, ours, transposed, prefixed
+
+    def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
+        """Theirs -> ours, of which each has so many rows."""
+        tensor = tensor.T if self.transposed else tensor
+        if sum(rows) != len(tensor):
+            raise ValueError(f"tensor {self.theirs!r} has {len(tensor)} rows, not {sum(rows)}")
+        return [part.contiguous() for part in tensor.split(rows)]
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """Ours -> theirs."""
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return tensor.T.contiguous() if self.transposed else tensor
+
+
+def check_options(published: dict, supported: dict[str, Any], default: Any = None) -> None:
+    """ValueError if config.json sets an option to something other than the (or one of the) supported values."""
+    for key, values in supported.items():
+        values = values if isinstance(values, tuple) else (values,)
+        if published.get(key, default if default is not None else values[0]) not in values:
+            raise ValueError(f"config.json: {key} = {published[key]!r} is not supported, only {', '.join(map(str, values))}")

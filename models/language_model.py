@@ -1,0 +1,107 @@
+"""The language model: embeddings, a stack of residual sublayers, a final norm, a head."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import Config
+from models.stack import Residual, layers, parse_stack
+from nn.context import Context
+from nn.init import INITS
+from nn.norm import NORMS
+from nn.objective import next_token_loss
+from nn.position import POSITIONS
+from nn.spec import build
+
+# B batch, T time, C model dim, V vocabulary
+
+
+@dataclass
+class DecodingState:
+    """What decoding remembers: the state of each sublayer (None for an ffn) and how many tokens they have seen."""
+
+    sublayers: list[Any]
+    length: int = 0
+
+    def bytes(self) -> int:
+        return sum(state.bytes() for state in self.sublayers if state is not None)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model made of the sublayers that a configuration spells out."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        dim, vocab_size = config.dim, config.vocab_size
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.position = build(config.position, POSITIONS, "position", dim=dim, seq_len=config.seq_len)
+        specs = parse_stack(config.stack) if config.stack else layers(config.mixer, config.ffn, config.depth)
+        offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
+        self.stack = nn.ModuleList(
+            Residual(spec, dim, norm=config.norm, norm_place=config.norm_place, **offered) for spec in specs
+        )
+        self.final_norm = build(config.norm, NORMS, "norm", dim) if config.norm_place == "pre" else nn.Identity()
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if config.tie:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        state: DecodingState | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `targets` the sum of -log p(target) in nats, a scalar.
+
+        tokens and targets (B, T) int64; a target of -100 does not count. `documents` (B, T): tokens see only their own
+        document. `state`: these tokens follow those it has seen, and it remembers them. `last`: only the last logits.
+        """
+        context = self.context(tokens, documents, state)
+        x = self.position.embed(self.embedding(tokens), context)  # (B, T, C)
+        for i, sublayer in enumerate(self.stack):
+            x = sublayer(x, context if state is None else context.with_state(state.sublayers[i]))
+        if state is not None:
+            state.length += tokens.shape[1]
+        x = self.final_norm(x[:, -1:] if last else x)
+        if targets is not None:
+            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), softcap=self.config.softcap)
+        logits = self.head(x)
+        return logits if not self.config.softcap else self.config.softcap * torch.tanh(logits / self.config.softcap)
+
+    def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
+        start = state.length if state is not None else 0
+        end = start + tokens.shape[1]
+        if self.position.max_len is not None and end > self.position.max_len:
+            raise ValueError(f"tokens: {end} positions, but {self.config.position} ends at {self.position.max_len}")
+        positions = torch.arange(start, end, device=tokens.device)
+        if documents is not None:
+            begins = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
+            positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
+        return Context(tokens, positions, documents)
+
+    def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
+        """Whether the stack is pre-norm layers of one mixer and one ffn, all alike: what published families look like."""
+        pre = isinstance(self.final_norm, norm) and len(self.stack) == 2 * self.config.depth > 0
+        kinds = zip(self.stack[0::2], self.stack[1::2], strict=True) if pre else []
+        return pre and not self.config.stack and not self.config.softcap and "," not in self.config.mixer + self.config.ffn and all(
+            isinstance(a.layer, mixer) and isinstance(b.layer, ffn) and isinstance(a.norm, norm) for a, b in kinds
+        )
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> DecodingState:
+        """An empty decoding state with room for `max_len` tokens in each of `batch` sequences."""
+        weight = self.head.weight
+        options = dict(dtype=dtype or weight.dtype, device=weight.device)
+        return DecodingState([s.layer.init_state(batch, max_len, **options) if s.is_mixer else None for s in self.stack])
+
+
+def build_model(config: Config, *, seed: int = 0) -> LanguageModel:
+    """A freshly initialised model on the CPU; the same seed gives the same weights."""
+    model = LanguageModel(config)
+    INITS[config.init](model, torch.Generator().manual_seed(seed))
+    return model

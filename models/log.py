@@ -1,0 +1,86 @@
+"""The record of a run: a line of JSON a step in a file, a bar in the terminal, a picture at the end."""
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """Keeps `run`/log.jsonl and shows the run as it goes.
+
+    Two kinds of lines: {"step", "loss", "elapsed", …} for each step and {"step", "bpb", "elapsed"} for each evaluation;
+    loss in nats a token, bpb in bits a byte, elapsed in seconds. A run that goes on after `step` drops what a killed
+    process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
+    """
+
+    def __init__(self, run: Path, step: int, *, quiet: bool = False):
+        self.quiet, self.path = quiet, run / "log.jsonl"
+        if quiet:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read(self.path) if record["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, self.path)
+        self.file = self.path.open("a", buffering=1)
+        self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}", disable=None, leave=False)
+
+    def step(self, done: float, **record) -> None:
+        """A training step, `done` being the share of the run before it."""
+        if self.quiet:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.bar.n = 100 * min(1.0, done)
+        self.bar.set_postfix_str("step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s".format(**record), refresh=False)
+        self.bar.update(0)
+
+    def evaluation(self, **record) -> None:
+        if self.quiet:
+            return
+        self.file.write(json.dumps(record) + "\n")
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        if not self.quiet:
+            self.bar.close()
+            self.file.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a log. The last line may have been cut short by a kill; any other bad line is a ValueError."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{str(path)!r}, line {number}, is not JSON") from None
+    return records
+
+
+def draw_curve(path: Path, picture: Path) -> None:
+    """Loss and bits per byte over the steps of a log, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read(path)
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    scores = [(r["step"], r["bpb"]) for r in records if "loss" not in r]
+    figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    left.plot(*zip(*losses, strict=True), color="0.75", linewidth=0.8, label="training loss")
+    left.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    right = left.twinx()
+    if scores:
+        right.plot(*zip(*scores, strict=True), color="C0", marker="o", markersize=3, label="validation")
+    right.set(ylabel="bits per byte", ylim=(0, None))
+    figure.legend(loc="upper right", bbox_to_anchor=(1, 1), bbox_transform=left.transAxes)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

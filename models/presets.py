@@ -1,0 +1,41 @@
+"""Named models: published stacks with their published sizes, and the small default.
+
+A preset sets fields of the configuration; a flag given beside `--model` takes precedence.
+"""
+
+
+def _gpt2(depth: int, heads: int, dim: int) -> dict:
+    """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2 (124M to 1.5B parameters)."""
+    return dict(
+        mixer="mha:bias=true", ffn="mlp:activation=gelu_tanh:bias=true", norm="layernorm", position="learned",
+        depth=depth, heads=heads, dim=dim, vocab_size=50257, seq_len=1024, tie=True, init="gpt2", softcap=0.0,
+    )  # fmt: skip
+
+
+def _llama(depth: int, dim: int, heads: int, kv_heads: int, width: int, *, vocab_size: int, seq_len: int,
+           tie: bool, rope: str = "rope:theta=500000") -> dict:  # fmt: skip
+    """Grattafiori et al. 2024, "The Llama 3 Herd of Models" (arXiv:2407.21783), table 3; below 1B the same shape, smaller."""
+    return dict(
+        mixer=f"gqa:kv_heads={kv_heads}", ffn=f"swiglu:width={width}", norm="rmsnorm:eps=1e-5", position=rope,
+        depth=depth, dim=dim, heads=heads, vocab_size=vocab_size, seq_len=seq_len, tie=tie, init="gpt2", softcap=0.0,
+    )  # fmt: skip
+
+
+STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
+
+PRESETS: dict[str, dict] = {
+    "small": dict(
+        mixer="gqa:qk_norm=true", ffn="mlp:activation=relu2", norm="rmsnorm:gain=false", position="rope",
+        depth=4, dim=256, heads=4, vocab_size=4096, seq_len=256, tie=False, init="fan_in", softcap=0.0,
+    ),
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+    "llama-1m": _llama(4, 128, 4, 2, 256, vocab_size=4096, seq_len=256, tie=True),
+    "llama-10m": _llama(6, 320, 5, 5, 896, vocab_size=8192, seq_len=512, tie=True),
+    "llama-125m": _llama(12, 768, 12, 4, 2048, vocab_size=32768, seq_len=2048, tie=False),
+    "llama-1b": _llama(16, 2048, 32, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
+    "llama-3b": _llama(28, 3072, 24, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
+    "llama-8b": _llama(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=8192, tie=False),
+}  # fmt: skip

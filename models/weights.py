@@ -1,0 +1,48 @@
+"""Models from and to folders: our checkpoints and published ones alike."""
+
+from pathlib import Path
+
+import torch
+
+from models import huggingface
+from models.checkpoint import MANIFEST, load_weights, model_tensors, read_json, read_tensors, write_json, write_tensors
+from models.config import Config
+from models.language_model import LanguageModel
+
+FORMAT = "rosetta"
+
+
+def save_model(model: LanguageModel, folder: Path) -> None:
+    """Write a model's configuration and weights into a folder: what `read_config` and `load_model` read."""
+    write_json(folder / "config.json", {"format": FORMAT, **model.config.to_json()})
+    write_tensors(folder / "model.safetensors", model_tensors(model))
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a checkpoint or of a published model. ValueError if the folder holds neither."""
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint: there is no folder {str(folder)!r}")
+    if huggingface.is_huggingface(folder):
+        return huggingface.read_config(folder)
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise ValueError(f"{str(folder / 'config.json')!r} is neither of a checkpoint of ours nor of a published model")
+    return Config.from_json(values)
+
+
+def load_model(folder: Path, config: Config | None = None) -> LanguageModel:
+    """The model of a checkpoint or a published one, float32 on the CPU, built as `config` says or as the folder does.
+
+    ValueError naming the first tensor that is missing, left over or of another shape.
+    """
+    if huggingface.is_huggingface(folder):
+        return huggingface.load(folder)
+    with torch.device("meta"):
+        model = LanguageModel(config or read_config(folder))
+    load_weights(model, read_tensors(folder / "model.safetensors"), str(folder))
+    return model
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder holds a model without a run: no manifest of ours."""
+    return not (folder / MANIFEST).exists()

@@ -1,0 +1,110 @@
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from nn.attention.cache import KVCache
+from nn.attention.softmax import attend, visible
+from nn.context import Context
+from nn.linear import output_projection
+from nn.position.none import NoPosition
+
+# B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
+
+
+class GQA(nn.Module):
+    """Grouped-query attention: H query heads share K pairs of key and value heads, H/K queries each.
+
+    Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
+    (arXiv:2305.13245). K = H is multi-head attention, K = 1 multi-query attention. `qk_norm` normalises each query and
+    key to unit root mean square, without a gain (Henry et al. 2020, arXiv:2010.04245).
+
+    Shapes: x (B, T, C) -> (B, T, C). The decoding state is a KVCache of 2 K D numbers a token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: bool = False,
+        position: NoPosition | None = None,
+    ):
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads: {heads} query heads cannot be shared among {kv_heads} key/value heads evenly")
+        if head_dim is None and dim % heads:
+            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or dim // heads
+        self.qk_norm, self.position = qk_norm, position or NoPosition()
+        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.out = output_projection(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        split = partial(rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        q, k = self.position.rotate(q, context), self.position.rotate(k, context)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
+        if context.state is not None:
+            k, v = context.state.append(k, v)  # (B, K, S, D)
+        y = attend(q, k, v, causal=context.causal, same_document=visible(context))
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
+        return KVCache(batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device)
+
+    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
+        return 2 * batch * self.kv_heads * max_len * self.head_dim * dtype.itemsize
+
+    def mixing_flops(self, queries: int, keys: int) -> int:
+        """FLOPs of scores and weighted sum for `queries` x `keys` pairs, beside those of the projections."""
+        return 4 * queries * keys * self.heads * self.head_dim
+
+
+class MHA(GQA):
+    """Multi-head attention: every query head has its own keys and values.
+
+    Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762), section 3.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        position: NoPosition | None = None,
+    ):
+        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, qk_norm=qk_norm, position=position)
+
+
+class MQA(GQA):
+    """Multi-query attention: all query heads share one head of keys and values.
+
+    Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need" (arXiv:1911.02150).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        position: NoPosition | None = None,
+    ):
+        super().__init__(dim, heads=heads, kv_heads=1, head_dim=head_dim, bias=bias, qk_norm=qk_norm, position=position)

@@ -1,0 +1,41 @@
+from functools import partial
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nn.context import Context
+from nn.linear import output_projection
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers with a pointwise nonlinearity between them: W2 f(W1 x).
+
+    f is GELU by default (Hendrycks and Gimpel 2016, arXiv:1606.08415; `gelu_tanh` is the approximation GPT-2 uses), or
+    `relu2`, the squared ReLU of Primer (So et al. 2021, arXiv:2109.08668). `width` defaults to 4 dim.
+    Shapes: (B, T, dim) -> (B, T, dim).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        width: int | None = None,
+        activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = "gelu",
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.up = nn.Linear(dim, width or 4 * dim, bias=bias)
+        self.activation_name = activation
+        self.down = output_projection(width or 4 * dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.down(ACTIVATIONS[self.activation_name](self.up(x)))

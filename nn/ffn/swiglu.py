@@ -1,0 +1,24 @@
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nn.context import Context
+from nn.linear import output_projection
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward layer: W_down (silu(W_gate x) * W_up x).
+
+    Shazeer 2020, "GLU Variants Improve Transformer" (arXiv:2002.05202). `width` defaults to 8/3 dim rounded up to a
+    multiple of 64, which gives it the parameters of an MLP of width 4 dim.
+    Shapes: (B, T, dim) -> (B, T, dim).
+    """
+
+    def __init__(self, dim: int, *, width: int | None = None, bias: bool = False):
+        super().__init__()
+        width = width or -(-8 * dim // (3 * 64)) * 64
+        self.gate = nn.Linear(dim, width, bias=bias)
+        self.up = nn.Linear(dim, width, bias=bias)
+        self.down = output_projection(width, dim, bias=bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,22 @@
+from torch import Tensor, nn
+
+from nn.context import Context
+
+
+class NoPosition(nn.Module):
+    """No position encoding: order is known from the causal mask alone (or from a recurrence).
+
+    Also the interface of the family. An encoding overrides what it does; a model calls `embed` once on the token
+    embeddings, and every attention layer calls `rotate` on its queries and keys.
+    Kazemnejad et al. 2023, "The Impact of Positional Encoding on Length Generalization" (arXiv:2305.19466).
+    """
+
+    max_len: int | None = None  # how many positions there are, where that is limited
+
+    def embed(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, dim) -> (B, T, dim): what is added to the embeddings."""
+        return x
+
+    def rotate(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, heads, head_dim) -> the same: what is done to queries and keys."""
+        return x

@@ -1,0 +1,22 @@
+"""Optimizers and learning-rate schedules. An optimizer is one file: its equation, `reference_step`, and its class.
+
+    base.py      what optimizers share: checks, wide state, exact checkpoints
+    groups.py    which parameter goes to which optimizer
+    combined.py  several optimizers as one
+    state.py     optimizer state as tensors and JSON
+"""
+
+from .adamw import AdamW
+from .combined import Combined
+from .groups import split_parameters
+from .muon import Muon
+from .schedule import SCHEDULES
+from .state import flatten_state, unflatten_state
+
+OPTIMIZERS = {
+    "adamw": AdamW,
+    "muon": Muon,
+}
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Muon"]
+__all__ += ["flatten_state", "split_parameters", "unflatten_state"]

@@ -1,0 +1,288 @@
+"""Train a language model: text in; a checkpoint, a loss curve and a sample of text out.
+
+    python train.py                                            the default model, a few minutes on two cores
+    python train.py --mixer gqa:kv_heads=2 --ffn swiglu        a stack of other parts; --list shows what there is
+    python train.py --model gpt2 --data my/texts --steps 20000
+    python train.py --resume                                   go on with the newest run, bit for bit
+    torchrun --nproc-per-node 8 train.py …                     the same run, each step's batch shared out
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Loader, Tokenizer, load, load_tokenizer, training_documents, windows
+from models import Config, LanguageModel, build_model
+from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
+from models.config import Parser, add_flags
+from models.describe import forward_flops
+from models.generate import Sampler, generate
+from models.log import Log, draw_curve
+from models.machine import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_peak
+from models.score import bits_per_byte
+from models.stack import FFNS, MIXERS
+from models.weights import load_model, read_config, save_model
+from nn.init import INITS
+from nn.norm import NORMS
+from nn.position import POSITIONS
+from nn.spec import listing, resolve
+from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_parameters, unflatten_state
+
+FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "init": INITS,
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="train.py", description=__doc__)
+    parser.add_argument("--list", nargs="?", const="", metavar="FAMILY", help="show every concept there is, and leave")
+    parser.add_argument("--resume", nargs="?", const="runs", metavar="FOLDER",
+                        help="go on with a checkpoint, a run, or the newest of all runs")  # fmt: skip
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    family, place = flags.pop("list"), flags.pop("resume")
+    try:
+        if family is not None:
+            print(listing(FAMILIES, family))
+            return 0
+        if place is not None:
+            resumed = find(Path(place))
+            if not (resumed / MANIFEST).exists():
+                raise ValueError(f"resume: {place!r} holds weights but no run to go on with; --weights starts from it")
+            return train(replace(read_config(resumed), **flags), resumed)
+        if flags.get("weights"):
+            flags["weights"] = str(find(Path(flags["weights"])))
+            return train(replace(read_config(Path(flags["weights"])), run="", **flags), None)
+        return train(Config.of(**flags), None)
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(config: Config, resumed: Path | None) -> int:
+    keep_freed_memory()
+    rank, world = join_processes()
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    torch.manual_seed(config.seed)
+
+    # Text: the tokenizer, the tokens, the batches
+    def texts():
+        return (document.text for document in training_documents(config.data, config.val_data or None))
+
+    with first_rank_first(rank, world):
+        saved = resumed or (Path(config.weights) if config.weights else None)
+        if saved and (saved / "tokenizer").exists():
+            tokenizer = Tokenizer.load(saved / "tokenizer")
+        else:
+            tokenizer = load_tokenizer(config.tokenizer, texts=texts, vocab_size=config.vocab_size)
+        training, validation = load(config.data, tokenizer, val_spec=config.val_data or None)
+    rows, left = divmod(config.batch_size, world * config.accumulate)
+    if left:
+        raise ValueError(f"batch_size: {config.batch_size} does not divide into {world} processes x {config.accumulate} parts")
+    loader = Loader(training, batch_size=rows, seq_len=config.seq_len, seed=config.seed, rank=rank, world_size=world)
+
+    # The model and what moves it
+    run = resumed.parent if resumed else Path(config.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if not resumed and checkpoints(run):
+        raise ValueError(f"run: {str(run)!r} holds a run already; --resume {run} goes on with it")
+    config = replace(config, run=str(run), dtype=str(dtype).removeprefix("torch."))
+    if not saved:
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
+    optimizer = build_optimizer(config, model)
+    schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    forward = torch.compile(model) if config.compile else model
+    forward = DistributedDataParallel(forward) if world > 1 else forward
+
+    # Where the run stands, what a step costs, how a model is judged and saved
+    step, before = restore(resumed, optimizer, loader, scaler) if resumed else (0, 0.0)
+    if not config.steps and not config.minutes:
+        raise ValueError("steps: give a number of --steps, or of --minutes")
+    tokens_a_step = config.batch_size * config.seq_len
+    flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
+    peak = matmul_peak(device, dtype) * world
+    log = Log(run, step, quiet=rank > 0)
+    log.say(f"{run}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} training tokens, "
+            f"{config.dtype} on {world} x {device}, matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
+
+    def evaluate(limit: int | None = None) -> float:
+        with autocast(device, dtype):
+            batches = windows(validation, batch_size=rows, seq_len=config.seq_len, limit=limit)
+            return bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed)
+
+    def save_all() -> Path:
+        def write(folder: Path) -> None:
+            save_model(model, folder)
+            tokenizer.save(folder / "tokenizer")
+            tensors, tree = flatten_state(optimizer.state_dict())
+            write_tensors(folder / "optimizer.safetensors", tensors)
+            write_tensors(folder / "generators.safetensors", generators())
+            write_json(folder / "progress.json", dict(
+                step=step, elapsed=elapsed, loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree))  # fmt: skip
+
+        return save(run, step, write, keep=config.keep) if rank == 0 else run
+
+    # The loop
+    stop, began, pace = catch_signals(), time.perf_counter(), 0.0
+    while True:
+        elapsed, halted = agree(before + time.perf_counter() - began, stop, world)
+        done = step / config.steps if config.steps else elapsed / (60 * config.minutes)
+        if halted or done >= 1:
+            break
+        half_a_step = done / step / 2 if step else 0.0
+        multiplier = schedule(min(1.0, done + half_a_step), **options)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+
+        total = torch.zeros((), device=device)
+        for _ in range(config.accumulate):
+            inputs, targets, documents = (t.to(device, non_blocking=True) for t in next(loader))
+            with autocast(device, dtype):
+                loss = forward(inputs, targets, documents=documents if config.packed else None) * (world / tokens_a_step)
+            scaler.scale(loss).backward()  # processes average their gradients: each loss is of the whole step
+            total += loss.detach() / world
+        loss = summed(total, world)
+        if not math.isfinite(loss):
+            good = checkpoints(run)
+            log.close()
+            print(f"train.py: the loss became {loss} at step {step + 1}; last good checkpoint: {good[-1] if good else 'none'}",
+                  file=sys.stderr)  # fmt: skip
+            return 1
+        if config.clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+
+        seconds, elapsed = elapsed, before + time.perf_counter() - began
+        seconds = elapsed - seconds
+        pace = 0.9 * pace + 0.1 * seconds if pace else seconds
+        speed = tokens_a_step / pace
+        log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=speed * flops_a_token / peak)
+        if config.eval_every and step % config.eval_every == 0:
+            log.evaluation(step=step, bpb=evaluate(config.eval_tokens), elapsed=before + time.perf_counter() - began)
+        if config.save_every and step % config.save_every == 0:
+            save_all()
+
+    # The end: everything saved, the whole validation set, a curve and a sample
+    elapsed = before + time.perf_counter() - began
+    folder = save_all()
+    if halted:
+        log.close()
+        log.say(f"stopped after step {step}; to go on: python train.py --resume {run}")
+        return 128 + halted
+    if rank == 0:
+        log.evaluation(step=step, bpb=evaluate(), elapsed=elapsed, whole=True)
+        log.close()
+        draw_curve(run / "log.jsonl", run / "curve.png")
+        log.say(f"saved {folder} and {run / 'curve.png'}; a sample:\n")
+        prompt = torch.tensor([[tokenizer.eot]], device=device)
+        sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
+        length = min(config.sample, model.position.max_len or config.sample)
+        ids = [token.item() for token in generate(model, prompt, new_tokens=length, sampler=sampler, stop=tokenizer.eot)]
+        print(tokenizer.decode([i for i in ids if i != tokenizer.eot]))
+    leave_processes(world)
+    return 0
+
+
+def build_optimizer(config: Config, model: LanguageModel) -> Combined:
+    """`optimizer` for the hidden matrices, `rest_optimizer` for everything else: head, embeddings, vectors."""
+    hidden, head, embedding, vector = split_parameters(model)
+    matrices, options = resolve(config.optimizer, OPTIMIZERS, "optimizer")
+    rest, rest_options = resolve(config.rest_optimizer, OPTIMIZERS, "optimizer")
+    groups = [dict(params=head), dict(params=embedding, lr=config.embedding_lr), dict(params=vector, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    return Combined([*([matrices(hidden, **options)] if hidden else []), rest(groups, **rest_options)])
+
+
+def generators() -> dict[str, torch.Tensor]:
+    """The states of PyTorch's random number generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore(folder: Path, optimizer: Combined, loader: Loader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
+    """Put everything but the weights back as it was; the step and the seconds of training so far."""
+    progress = read_json(folder / "progress.json")
+    optimizer.load_state_dict(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))
+    loader.load_state_dict(progress["loader"])
+    scaler.load_state_dict(progress["scaler"])
+    states = read_tensors(folder / "generators.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    return progress["step"], progress["elapsed"]
+
+
+def catch_signals() -> list[int]:
+    """A list that a Ctrl-C or SIGTERM is put into; the loop looks at it between steps. A second one ends at once."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun set them; (0, 1) without it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first(rank: int, world: int) -> Iterator[None]:
+    """What the first process makes (a tokenizer, a cache), the others find made."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def agree(elapsed: float, stop: list[int], world: int) -> tuple[float, int]:
+    """The clock of the slowest process, and the signal that any of them caught (0: none): all must end at one step."""
+    state = torch.tensor([elapsed, stop[0] if stop else 0], dtype=torch.float64)
+    if world > 1:
+        state = state.cuda() if torch.cuda.is_available() else state
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+    return state[0].item(), int(state[1])
+
+
+def summed(value: torch.Tensor, world: int) -> float:
+    """The sum of a scalar over all processes."""
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
