@@ -24,9 +24,7 @@ import regex
 
 # How GPT-4 (tiktoken's cl100k_base) cuts text into words: contractions, letters with one leading symbol, up to three
 # digits, punctuation with the line ends after it, and white space, which leaves its last blank to the next word.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 
 def byte_alphabet() -> dict[str, int]:

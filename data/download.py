@@ -64,7 +64,9 @@ def _fetch(url: str, target: Path) -> None:
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
 
     with contextlib.closing(requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)) as response:
-        if response.status_code == 416:  # nothing follows what is here: a whole file not yet renamed, or a longer one
+        if (
+            response.status_code == 416 and offset
+        ):  # nothing follows what is here: a whole file not yet renamed, or a longer one
             note.unlink(missing_ok=True)
             return _fetch(url, target)
         if response.status_code not in (200, 206):

@@ -59,9 +59,7 @@ class Tokenizer:
         self.name, self.ranks, self.pattern, self.specials = name, dict(ranks), pattern, specials
         self.eot, self.vocab_size = specials[eot], max(ids) + 1
         try:
-            self.encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=specials
-            )
+            self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=specials)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"pattern of {name} does not compile: {reason}") from None

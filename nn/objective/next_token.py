@@ -25,27 +25,28 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float 
         return LinearCrossEntropy.apply(x, head, targets, softcap)
     head = head.to(x.dtype)
     losses = [slice_loss(x[rows], head, targets[rows], softcap)[0] for rows in slices(x, head)]
-    return torch.cat([x.new_zeros(0, dtype=torch.float32), *losses]).sum()
+    return torch.cat(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         matrix = head.to(x.dtype)
-        dx, dhead, total = torch.empty_like(x), torch.zeros_like(head), torch.zeros((), device=x.device)
+        dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
         for rows in slices(x, head):
             xs, ts = x[rows], targets[rows]
-            losses, logits, lse, capped = slice_loss(xs, matrix, ts, softcap)
-            total = total + losses.sum()
-            d = (logits - lse[:, None]).exp_()  # softmax; d loss / d logits = softmax - onehot
-            d.scatter_add_(1, ts.clamp_min(0)[:, None], d.new_full((len(ts), 1), -1.0))
+            loss, exponentials, total, capped = slice_loss(xs, matrix, ts, softcap)
+            losses.append(loss)
+            counts = (ts != IGNORED)[:, None].to(total.dtype)  # d loss / d logits = softmax - onehot, or 0
+            d = torch.empty_like(exponentials, dtype=x.dtype)
+            torch.mul(exponentials, counts / total, out=d)
+            d.scatter_add_(1, ts.clamp_min(0)[:, None], -counts.to(x.dtype))
             if softcap:
                 d *= 1 - capped.square()
-            d = d.masked_fill_((ts == IGNORED)[:, None], 0).to(x.dtype)
-            dx[rows] = d @ matrix
+            torch.mm(d, matrix, out=dx[rows])
             dhead += d.mT @ xs
         ctx.save_for_backward(dx, dhead)
-        return total
+        return torch.cat(losses).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -59,11 +60,13 @@ def slices(x: Tensor, head: Tensor) -> list[slice]:
 
 
 def slice_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float):
-    """(n,) losses, and what the gradient needs: the logits (n, V) in float32, their log-sum-exp, tanh of the soft cap."""
-    logits = x @ head.mT
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    capped = torch.tanh(logits / softcap) if softcap else None
+    """(n,) losses, and what the gradient needs: exp(logits - max) (n, V), their sums (n, 1), tanh of the soft cap."""
+    logits = x @ head.mT  # (n, V) in the dtype of x; all below in float32 or wider
+    wide = torch.promote_types(x.dtype, torch.float32)
+    capped = torch.tanh(logits.to(wide) / softcap) if softcap else None
     logits = capped * softcap if softcap else logits
-    lse = logits.logsumexp(-1)
-    picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return torch.where(targets == IGNORED, 0, lse - picked), logits, lse, capped
+    highest = logits.amax(-1, keepdim=True).to(wide)
+    picked = logits.gather(1, targets.clamp_min(0)[:, None]).to(wide) - highest
+    exponentials = torch.sub(logits, highest).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    return torch.where(targets == IGNORED, 0, (total.log() - picked)[:, 0]), exponentials, total, capped

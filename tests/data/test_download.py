@@ -32,6 +32,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append(wanted)
         if "absent" in self.path:
             return self.send_error(404)
+        if "unsatisfiable" in self.path:
+            return self.send_error(416)
         body, status = server.content, 200
         if wanted and server.ranges and condition == server.etag:
             first = int(wanted.removeprefix("bytes=").removesuffix("-"))

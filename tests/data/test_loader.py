@@ -57,7 +57,7 @@ def test_even_the_shortest_stream_has_a_window_in_every_epoch(length):
         loader = Loader(numbered(length), batch_size=1, seq_len=8, seed=seed)
         for epoch in range(5):
             loader._begin(epoch)
-            assert len(loader.order) == (1 if length < 17 else len(loader.order)) > 0
+            assert len(loader.order) >= 1
 
 
 def test_order_and_offset_depend_on_seed_and_epoch():

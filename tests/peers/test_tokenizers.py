@@ -31,9 +31,7 @@ def theirs(words, vocab_size, specials=()):
 def assert_equal(words, vocab_size):
     ranks, merges = learn(words, vocab_size)
     _, model = theirs(words, vocab_size)
-    assert [["".join(SPELL[b] for b in side) for side in merge] for merge in merges] == [
-        list(m) for m in model["merges"]
-    ]
+    assert [["".join(SPELL[b] for b in side) for side in merge] for merge in merges] == [list(m) for m in model["merges"]]
     assert {"".join(SPELL[b] for b in piece): i for piece, i in ranks.items()} == model["vocab"]
 
 
@@ -54,9 +52,7 @@ def test_tokenizer_json(tmp_path, form):
     if form == "gpt2":
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
-        pattern = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        )
+        pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern + r"|\s+(?!\S)|\s+"), "isolated")
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
