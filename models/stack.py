@@ -43,9 +43,9 @@ def parse_stack(text: str) -> list[str]:
             items = groups.pop()
         else:
             items = [] if body == "none" else check_specs([body], SUBLAYERS, "sublayer")
-        groups[-1] += items * int(times or 1)
-        if len(groups[-1]) > 10_000:
+        if len(groups[-1]) + len(items) * int(times or 1) > 10_000:
             raise ValueError(f"stack: more than 10000 sublayers in {text[:60]!r}")
+        groups[-1] += items * int(times or 1)
     if len(groups) > 1:
         raise ValueError(f"stack: a ) is missing in {text!r}")
     return groups[0]

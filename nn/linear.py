@@ -1,4 +1,5 @@
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def output_projection(dim_in: int, dim_out: int, *, bias: bool = False) -> nn.Linear:
@@ -6,3 +7,11 @@ def output_projection(dim_in: int, dim_out: int, *, bias: bool = False) -> nn.Li
     linear = nn.Linear(dim_in, dim_out, bias=bias)
     linear.writes_residual = True
     return linear
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, if that is on: for inputs of several linear layers, which would each cast them anew."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from nn.attention.cache import KVCache
 from nn.attention.softmax import attend, visible
+from nn.checks import at_least
 from nn.context import Context
-from nn.linear import output_projection
+from nn.linear import cast_once, output_projection
 from nn.position.none import NoPosition
 
 # B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
@@ -37,8 +38,9 @@ class GQA(nn.Module):
         position: NoPosition | None = None,
     ):
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        at_least(1, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        kv_heads = kv_heads or heads
+        if heads % kv_heads:
             raise ValueError(f"kv_heads: {heads} query heads cannot be shared among {kv_heads} key/value heads evenly")
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
@@ -51,6 +53,7 @@ class GQA(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         split = partial(rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
+        x = cast_once(x)
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         q, k = self.position.rotate(q, context), self.position.rotate(k, context)
         if self.qk_norm:

@@ -4,6 +4,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nn.checks import at_least
 from nn.context import Context
 from nn.linear import output_projection
 
@@ -33,6 +34,7 @@ class MLP(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
+        at_least(1, width=width)
         self.up = nn.Linear(dim, width or 4 * dim, bias=bias)
         self.activation_name = activation
         self.down = output_projection(width or 4 * dim, dim, bias=bias)

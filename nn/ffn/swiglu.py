@@ -1,8 +1,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nn.checks import at_least
 from nn.context import Context
-from nn.linear import output_projection
+from nn.linear import cast_once, output_projection
 
 
 class SwiGLU(nn.Module):
@@ -15,10 +16,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, *, width: int | None = None, bias: bool = False):
         super().__init__()
+        at_least(1, width=width)
         width = width or -(-8 * dim // (3 * 64)) * 64
         self.gate = nn.Linear(dim, width, bias=bias)
         self.up = nn.Linear(dim, width, bias=bias)
         self.down = output_projection(width, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = cast_once(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))

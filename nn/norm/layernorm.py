@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nn.checks import at_least
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation: y = (x - mean) / sqrt(var + eps) * gain + bias over the last axis.
@@ -12,6 +14,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-5, gain: bool = True, bias: bool = True):
         super().__init__()
+        at_least(0, eps=eps)
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None

@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nn.checks import at_least
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation: y = x / sqrt(mean(x^2) + eps) * gain over the last axis.
@@ -12,6 +14,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float = 1e-6, gain: bool = True):
         super().__init__()
+        at_least(0, eps=eps)
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 

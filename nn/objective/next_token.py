@@ -9,7 +9,10 @@ Kernel" (arXiv:2410.10989), section 3.2, for gradients made in the forward pass.
 import torch
 from torch import Tensor
 
-LOGITS_AT_ONCE = 2**22  # entries of one slice: 8 MB in bf16, which stays in a CPU's last-level cache
+from nn.linear import cast_once
+
+LOGITS_AT_ONCE = 2**20  # entries of one slice: 4 MB in float32, which a CPU's caches hold
+ROWS_AT_LEAST = 256  # tokens of one slice: fewer would make the sums over slices dear
 IGNORED = -100  # a target that does not count
 
 
@@ -19,8 +22,7 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float 
     Shapes: x (N, C), head (V, C), targets (N,) int64 -> scalar float32 (float64 for float64 inputs). Under autocast the
     matmuls run in its dtype, the rest in float32. `softcap` c > 0 replaces each logit z by c tanh(z / c).
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = cast_once(x)
     if torch.is_grad_enabled() and (x.requires_grad or head.requires_grad):
         return LinearCrossEntropy.apply(x, head, targets, softcap)
     head = head.to(x.dtype)
@@ -35,11 +37,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
         for rows in slices(x, head):
             xs, ts = x[rows], targets[rows]
-            loss, exponentials, total, capped = slice_loss(xs, matrix, ts, softcap)
+            loss, p, capped = slice_loss(xs, matrix, ts, softcap)
             losses.append(loss)
-            counts = (ts != IGNORED)[:, None].to(total.dtype)  # d loss / d logits = softmax - onehot, or 0
-            d = torch.empty_like(exponentials, dtype=x.dtype)
-            torch.mul(exponentials, counts / total, out=d)
+            counts = (ts != IGNORED)[:, None].to(p.dtype)  # d loss / d logits = softmax - onehot, or 0
+            d = torch.mul(p, counts, out=torch.empty_like(p, dtype=x.dtype))
             d.scatter_add_(1, ts.clamp_min(0)[:, None], -counts.to(x.dtype))
             if softcap:
                 d *= 1 - capped.square()
@@ -55,18 +56,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def slices(x: Tensor, head: Tensor) -> list[slice]:
-    step = max(1, LOGITS_AT_ONCE // head.shape[0])
+    step = max(ROWS_AT_LEAST, LOGITS_AT_ONCE // head.shape[0])
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
-def slice_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float):
-    """(n,) losses, and what the gradient needs: exp(logits - max) (n, V), their sums (n, 1), tanh of the soft cap."""
-    logits = x @ head.mT  # (n, V) in the dtype of x; all below in float32 or wider
-    wide = torch.promote_types(x.dtype, torch.float32)
-    capped = torch.tanh(logits.to(wide) / softcap) if softcap else None
+def slice_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(n,) losses, and what the gradient needs: the softmax (n, V), and tanh of the soft cap. Float32 or wider."""
+    logits = x @ head.mT  # (n, V)
+    logits = logits.to(torch.promote_types(x.dtype, torch.float32))
+    capped = torch.tanh(logits / softcap) if softcap else None
     logits = capped * softcap if softcap else logits
-    highest = logits.amax(-1, keepdim=True).to(wide)
-    picked = logits.gather(1, targets.clamp_min(0)[:, None]).to(wide) - highest
-    exponentials = torch.sub(logits, highest).exp_()
-    total = exponentials.sum(-1, keepdim=True)
-    return torch.where(targets == IGNORED, 0, (total.log() - picked)[:, 0]), exponentials, total, capped
+    p = logits.softmax(-1)
+    log_sum_exp = logits.amax(-1) - p.amax(-1).log()  # the likeliest token's p is at least 1/V: its log is safe
+    picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    return torch.where(targets == IGNORED, 0, log_sum_exp - picked), p, capped

@@ -1,5 +1,6 @@
 from torch import Tensor, nn
 
+from nn.checks import at_least
 from nn.context import Context
 from nn.position.none import NoPosition
 
@@ -13,6 +14,7 @@ class LearnedPosition(NoPosition):
 
     def __init__(self, dim: int, *, seq_len: int = 1024):
         super().__init__()
+        at_least(1, seq_len=seq_len)
         self.table = nn.Embedding(seq_len, dim)
         self.max_len = seq_len
 

@@ -3,6 +3,7 @@ import math
 import torch
 from torch import Tensor
 
+from nn.checks import at_least
 from nn.context import Context
 from nn.position.none import NoPosition
 
@@ -29,8 +30,11 @@ class RoPE(NoPosition):
         original: int = 8192,
     ):
         super().__init__()
+        at_least(1, theta=theta, factor=factor, original=original)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction: the share of a head that is turned lies in (0, 1], not {fraction}")
+        if not low < high:
+            raise ValueError(f"low: {low} turns is not less than high, {high}")
         self.theta, self.fraction, self.interleaved = theta, fraction, interleaved
         self.factor, self.low, self.high, self.original = factor, low, high, original
 
@@ -47,18 +51,19 @@ class RoPE(NoPosition):
         return frequency * (kept + (1 - kept) / self.factor)
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
-        cos, sin = context.once((self, x.shape[-1], x.dtype), lambda: self._table(x, context.positions))  # (…, T, 1, R/2)
-        half = cos.shape[-1]
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+        cos, sin = context.once((self, x.shape[-1], x.dtype), lambda: self._table(x, context.positions))  # (…, T, 1, R)
+        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
         if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+            partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+            partner = torch.cat(turned.chunk(2, dim=-1)[::-1], dim=-1)
+        turned = torch.addcmul(turned * cos, partner, sin)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
     def _table(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For each coordinate the cosine of its angle, and the sine that its partner in the pair is multiplied by."""
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angle = positions.to(exact)[..., None] * self.frequencies(x.shape[-1]).to(positions.device, exact)
-        return angle.cos().unsqueeze(-2).to(x.dtype), angle.sin().unsqueeze(-2).to(x.dtype)
+        angle = positions.to(exact)[..., None] * self.frequencies(x.shape[-1]).to(positions.device, exact)  # (…, T, R/2)
+        cos, sin = (angle.cos(), angle.cos()), (-angle.sin(), angle.sin())
+        pair = (lambda ab: torch.stack(ab, -1).flatten(-2)) if self.interleaved else (lambda ab: torch.cat(ab, -1))
+        return pair(cos).unsqueeze(-2).to(x.dtype), pair(sin).unsqueeze(-2).to(x.dtype)

@@ -3,6 +3,7 @@ import math
 import torch
 from torch import Tensor
 
+from nn.checks import at_least
 from nn.context import Context
 from nn.position.none import NoPosition
 
@@ -16,6 +17,7 @@ class SinusoidalPosition(NoPosition):
 
     def __init__(self, dim: int, *, theta: float = 10000.0):
         super().__init__()
+        at_least(1, theta=theta)
         if dim % 2:
             raise ValueError(f"dim: sinusoidal positions need an even dim, not {dim}")
         self.dim, self.theta = dim, theta
