@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             return train(replace(read_config(resumed), **flags), resumed)
         if flags.get("weights"):
             flags["weights"] = str(find(Path(flags["weights"])))
-            return train(replace(read_config(Path(flags["weights"])), run="", **flags), None)
+            return train(replace(read_config(Path(flags["weights"])), **{"out": ""} | flags), None)
         return train(Config.of(**flags), None)
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -94,10 +94,10 @@ def train(config: Config, resumed: Path | None) -> int:
     loader = Loader(training, batch_size=rows, seq_len=config.seq_len, seed=config.seed, rank=rank, world_size=world)
 
     # The model and what moves it
-    run = resumed.parent if resumed else Path(config.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    run = resumed.parent if resumed else Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if not resumed and checkpoints(run):
-        raise ValueError(f"run: {str(run)!r} holds a run already; --resume {run} goes on with it")
-    config = replace(config, run=str(run), dtype=str(dtype).removeprefix("torch."))
+        raise ValueError(f"out: {str(run)!r} holds a run already; --resume {run} goes on with it")
+    config = replace(config, out=str(run), dtype=str(dtype).removeprefix("torch."))
     if not saved:
         config = replace(config, vocab_size=tokenizer.vocab_size)
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
@@ -139,11 +139,13 @@ def train(config: Config, resumed: Path | None) -> int:
     stop, began, pace = catch_signals(), time.perf_counter(), 0.0
     while True:
         elapsed, halted = agree(before + time.perf_counter() - began, stop, world)
-        done = step / config.steps if config.steps else elapsed / (60 * config.minutes)
+        if config.steps:
+            done, half_a_step = step / config.steps, 0.5 / config.steps
+        else:
+            done, half_a_step = elapsed / (60 * config.minutes), 0.5 * pace / (60 * config.minutes)
         if halted or done >= 1:
             break
-        half_a_step = done / step / 2 if step else 0.0
-        multiplier = schedule(min(1.0, done + half_a_step), **options)
+        multiplier = schedule(min(1.0, done + half_a_step), **options)  # a schedule is asked for the middle of a step
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * multiplier
 
@@ -182,6 +184,7 @@ def train(config: Config, resumed: Path | None) -> int:
     # The end: everything saved, the whole validation set, a curve and a sample
     elapsed = before + time.perf_counter() - began
     folder = save_all()
+    release_signals()
     if halted:
         log.close()
         log.say(f"stopped after step {step}; to go on: python train.py --resume {run}")
@@ -242,6 +245,11 @@ def catch_signals() -> list[int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
     return caught
+
+
+def release_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def join_processes() -> tuple[int, int]:

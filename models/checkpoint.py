@@ -25,24 +25,35 @@ NAME = re.compile(r"step-([0-9]+)")
 
 def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
     """Make `run`/step-N of the files that `write(folder)` puts into a folder; of older ones the last `keep - 1` stay."""
-    target, partial = run / f"step-{step:06d}", run / f".step-{step:06d}.{os.getpid()}"
+    target, aside, partial = (run / name.format(step) for name in ("step-{:06d}", "step-0{:06d}", ".step-{:06d}"))
+    for leftover in run.glob(".step-*"):  # of a writer that was killed
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         write(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest(path)] for path in files}
         write_json(partial / MANIFEST, manifest)
-        for path in [*files, partial / MANIFEST, partial]:
+        for path in [*partial.rglob("*"), partial]:
             flush(path)
-        if target.exists():  # a resumed run that comes by the same step again
-            shutil.rmtree(target)
+        if target.exists():  # a resumed run that comes by the same step again: under its other name it still counts
+            remove(aside)
+            target.rename(aside)
         partial.rename(target)
         flush(run)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    for old in [aside, *checkpoints(run)[:-keep]]:
+        remove(old)
     return target
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, if it is there: its name first, so that half of it is never taken for one."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
 from models.presets import PRESETS
+from nn.checks import at_least
 from nn.spec import nearest
 
 
@@ -54,7 +55,7 @@ class Config:
     dtype: str = flag("machine", "auto", "of matrix products; auto: bfloat16 where it is faster", ("auto", "float32", "bfloat16", "float16"))
     compile: bool = flag("machine", False, "compile the model with torch.compile (CPU: needs a C++ compiler)")
 
-    run: str = flag("output", "", "folder of the run (default: runs/<date>-<time>)")
+    out: str = flag("output", "", "folder of the run (default: runs/<date>-<time>)")
     eval_every: int = flag("output", 100, "steps between evaluations (0: only at the end)")
     eval_tokens: int = flag("output", 32768, "tokens of such an evaluation; the last one reads all")
     save_every: int = flag("output", 500, "steps between checkpoints (0: only at the end)")
@@ -62,12 +63,14 @@ class Config:
     sample: int = flag("output", 200, "tokens of the sample at the end")
 
     def __post_init__(self):
+        for name, kind in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name}: {value!r} is not of type {kind.__name__}")
         if self.model not in PRESETS:
             raise ValueError(f"model: no preset {self.model!r}{nearest(self.model, PRESETS)}; there are: {', '.join(PRESETS)}")
         for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name}: {value} is too small; at least {least}")
+            at_least(least, **{name: getattr(self, name)})
         for spec in dataclasses.fields(self):
             choices = spec.metadata["choices"]
             if choices and getattr(self, spec.name) not in choices:
@@ -82,12 +85,10 @@ class Config:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
         """Rebuild what `to_json` gave. ValueError for a field that does not exist or a value of the wrong type."""
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if name not in hints:
-                raise ValueError(f"config: there is no field {name!r}{nearest(name, hints)}")
-            if type(value) is not hints[name] and not (hints[name] is float and type(value) is int):
-                raise ValueError(f"config: {name} = {value!r} is not of type {hints[name].__name__}")
+        fields = get_type_hints(cls)
+        for name in values:
+            if name not in fields:
+                raise ValueError(f"config: there is no field {name!r}{nearest(name, fields)}")
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:

@@ -36,13 +36,14 @@ class Sampler:
         logits = logits.float().cpu()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: nothing overflows
         if self.top_k:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p < 1:
             ranked, order = logits.softmax(-1).sort(-1, descending=True)
-            enough = ranked.cumsum(-1) - ranked > self.top_p  # the ones before already hold top_p
+            enough = ranked.cumsum(-1) - ranked >= self.top_p  # the ones before already hold top_p
+            enough[..., 0] = False
             logits = logits.masked_fill(enough.scatter(-1, order, enough), -torch.inf)
         p = logits.softmax(-1)
         if self.min_p:

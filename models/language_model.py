@@ -75,6 +75,8 @@ class LanguageModel(nn.Module):
         return logits if not self.config.softcap else self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
+        if documents is not None and state is not None:
+            raise ValueError("documents: a decoding state remembers one document a row; give one or the other")
         start = state.length if state is not None else 0
         end = start + tokens.shape[1]
         if self.position.max_len is not None and end > self.position.max_len:

@@ -25,7 +25,8 @@ def choose_device(name: str) -> torch.device:
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
     """FLOP/s of large square matrix products, the best of a few: the ceiling against which a run is measured."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
+    generator = torch.Generator().manual_seed(0)  # its own, so that measuring leaves the program's draws alone
+    a = torch.randn(size, size, generator=generator).to(device, dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     a @ a  # the first product pays for setting up
     while time.perf_counter() < end or best == float("inf"):

@@ -49,7 +49,7 @@ class BlockAttention(torch.autograd.Function):
         probabilities = None
         for start, end, seen in query_blocks(q.shape[2], k.shape[2], causal):
             probabilities = block_softmax(q, k, causal, same_document, start, end, seen)
-            y[:, :, start:end] = (probabilities @ heads_as_batch(v)[:, :seen]).view(*q.shape[:2], end - start, -1)
+            y[:, :, start:end] = (probabilities @ heads_as_batch(v)[:, :seen]).view(*q.shape[:2], end - start, v.shape[-1])
         one_block = q.shape[2] <= QUERY_BLOCK
         ctx.save_for_backward(q, k, v, same_document, probabilities if one_block else None)
         ctx.causal = causal
@@ -69,7 +69,7 @@ class BlockAttention(torch.autograd.Function):
             ds = torch._softmax_backward_data(dyb @ values[:, :seen].mT, p, -1, p.dtype)
             ds *= q.shape[-1] ** -0.5
             dk[:, :seen] += ds.mT @ grouped(q, k.shape[1], start, end)
-            dq[:, :, start:end] = (ds @ keys[:, :seen]).view(*q.shape[:2], end - start, -1)
+            dq[:, :, start:end] = (ds @ keys[:, :seen]).view(*q.shape[:2], end - start, q.shape[-1])
         return dq, dk.to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v), None, None
 
 
@@ -85,7 +85,7 @@ def block_softmax(q, k, causal: bool, same_document: Tensor | None, start: int, 
     rows = grouped(q, k.shape[1], start, end)
     keys = heads_as_batch(k)[:, :seen]
     scores = torch.baddbmm(rows.new_empty(1), rows, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    each = scores.view(q.shape[0], k.shape[1], -1, end - start, seen)  # (B, K, G, T, S)
+    each = scores.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], end - start, seen)  # (B, K, G, T, S)
     if causal and end - start > 1:
         each += torch.full((end - start, seen), -torch.inf, dtype=q.dtype, device=q.device).triu(seen - (end - start) + 1)
     if same_document is not None:
@@ -95,11 +95,11 @@ def block_softmax(q, k, causal: bool, same_document: Tensor | None, start: int, 
 
 def grouped(x: Tensor, kv_heads: int, start: int, end: int) -> Tensor:
     """(B, H, T, D) -> (B K, G (end - start), D): the rows of a block that read the same keys, side by side."""
-    batch, heads, _, dim = x.shape
-    block = x.view(batch, kv_heads, heads // kv_heads, -1, dim)[:, :, :, start:end]
-    return block.reshape(batch * kv_heads, -1, dim)
+    batch, heads, queries, dim = x.shape
+    block = x.view(batch, kv_heads, heads // kv_heads, queries, dim)[:, :, :, start:end]
+    return block.reshape(batch * kv_heads, heads // kv_heads * (end - start), dim)
 
 
 def heads_as_batch(x: Tensor) -> Tensor:
     """(B, K, S, D) -> (B K, S, D)."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

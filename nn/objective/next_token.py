@@ -26,8 +26,7 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float 
     if torch.is_grad_enabled() and (x.requires_grad or head.requires_grad):
         return LinearCrossEntropy.apply(x, head, targets, softcap)
     head = head.to(x.dtype)
-    losses = [slice_loss(x[rows], head, targets[rows], softcap)[0] for rows in slices(x, head)]
-    return torch.cat(losses).sum() if losses else x.new_zeros((), dtype=torch.float32)
+    return torch.cat([slice_loss(x[rows], head, targets[rows], softcap)[0] for rows in slices(x, head)]).sum()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -57,7 +56,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def slices(x: Tensor, head: Tensor) -> list[slice]:
     step = max(ROWS_AT_LEAST, LOGITS_AT_ONCE // head.shape[0])
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+    return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
 
 
 def slice_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -164,7 +164,28 @@ def test_nearest():
 
 # Fuzz: whatever the text, a result or a ValueError of one line
 
-WORDS = ["gqa", "mlp", "none", "kv_heads", "=", ":", "(", ")", "*", "9999", "2", " ", ",", "+", "\n", "\u2028", "²", "true", "é", "\0"]
+WORDS = [
+    "gqa",
+    "mlp",
+    "none",
+    "kv_heads",
+    "=",
+    ":",
+    "(",
+    ")",
+    "*",
+    "9999",
+    "2",
+    " ",
+    ",",
+    "+",
+    "\n",
+    "\u2028",
+    "²",
+    "true",
+    "é",
+    "\0",
+]
 TEXTS = st.one_of(st.text(max_size=30), st.lists(st.sampled_from(WORDS), max_size=14).map("".join))
 
 
@@ -198,7 +219,12 @@ def test_impossible_stacks(text):
 def spec_of(name: str, make) -> st.SearchStrategy[str]:
     """Specs with right keys and any values of their types, sensible or not."""
     numbers = st.integers(-3, 40).map(str)
-    kinds = {int: numbers, float: st.floats(allow_nan=False).map(repr) | numbers, bool: st.sampled_from(["true", "false"]), str: st.text(max_size=3)}
+    kinds = {
+        int: numbers,
+        float: st.floats(allow_nan=False).map(repr) | numbers,
+        bool: st.sampled_from(["true", "false"]),
+        str: st.text(max_size=3),
+    }
     values = {}
     for key, (kind, default) in arguments(make).items():
         plain = next((k for k in kinds if kind in (k, k | None)), None)
