@@ -59,7 +59,7 @@ def remove(folder: Path) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in run.glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=lambda path: (int(NAME.fullmatch(path.name)[1]), -len(path.name)))
 
 
 def find(place: Path) -> Path:

@@ -109,8 +109,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flags = [option for action in self._actions for option in action.option_strings]
         unknown = message.removeprefix("unrecognized arguments: ")
-        hint = nearest(unknown.split("=")[0].split()[0], flags) if unknown != message else ""
-        self.exit(2, f"{self.prog}: {message}{hint}\n")
+        hint = nearest(unknown.split("=")[0].partition(" ")[0], flags) if unknown != message else ""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}{hint}\n")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -38,8 +38,8 @@ class Sampler:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: nothing overflows
         if self.top_k:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            best = logits.topk(min(self.top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, -torch.inf).scatter_(-1, best.indices, best.values)
         if self.top_p < 1:
             ranked, order = logits.softmax(-1).sort(-1, descending=True)
             enough = ranked.cumsum(-1) - ranked >= self.top_p  # the ones before already hold top_p
@@ -68,7 +68,8 @@ def generate(model: LanguageModel, prompt: Tensor, *, new_tokens: int, sampler: 
     for _ in range(new_tokens):
         following = sampler(model(tokens, state=state, last=True)[:, -1])
         yield following
-        ended |= following == stop if stop is not None else False
-        if ended.all():
-            return
+        if stop is not None:
+            ended |= following == stop
+            if ended.all():
+                return
         tokens = following[:, None]

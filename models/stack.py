@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from nn.attention import ATTENTION
 from nn.context import Context
+from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
 from nn.norm import NORMS
 from nn.spec import build, resolve
 
-MIXERS = {**ATTENTION}
+MIXERS = {**ATTENTION, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")
 

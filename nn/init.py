@@ -7,18 +7,24 @@ from torch import nn
 
 
 def fan_in(model: nn.Module, generator: torch.Generator) -> None:
-    """Variance 1/4 of 1/fan_in, residual outputs and head zero, embeddings of unit variance.
+    """Matrices of variance 1/4 of 1/fan_in, residual outputs and head zero, token embeddings of variance 1.
 
     Each sublayer begins as the identity and the model as a uniform guess, at any width and depth (as in Zhang et al.
-    2019, "Fixup", arXiv:1901.09321, section 3). Uniform numbers, so that no weight starts far out.
+    2019, "Fixup", arXiv:1901.09321, section 3). Tables that are added to something (positions, values, n-grams) are zero.
+    A head that is tied to the embedding has its variance 1/dim: logits of variance 1. Matrices are uniform, so that no
+    weight starts far out.
     """
+    tied = model.head.weight is model.embedding.weight
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            zero = getattr(module, "writes_residual", False) or module is getattr(model, "head", None)
+        if isinstance(module, nn.Linear) and not (tied and module is model.head):
+            zero = module is model.head or getattr(module, "writes_residual", False)
             bound = 0 if zero else 0.5 * math.sqrt(3 / module.in_features)
-            _uniform(module, bound, generator)
+            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=1.0, generator=generator)
+            std = 0.0 if module is not model.embedding else module.embedding_dim**-0.5 if tied else 1.0
+            nn.init.normal_(module.weight, std=std, generator=generator)
 
 
 def gpt2(model: nn.Module, generator: torch.Generator) -> None:
@@ -33,12 +39,6 @@ def gpt2(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(module.weight, std=std, generator=generator)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-
-
-def _uniform(linear: nn.Linear, bound: float, generator: torch.Generator) -> None:
-    nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
 
 
 INITS = {"fan_in": fan_in, "gpt2": gpt2}

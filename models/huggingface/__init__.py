@@ -20,13 +20,17 @@ SHARD_BYTES = 5 * 10**9
 
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder holds a published model rather than one of our checkpoints."""
-    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
+    published = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    return isinstance(published, dict) and "model_type" in published
 
 
 def read_config(folder: Path) -> Config:
     """The configuration of a published model as ours. ValueError where the family or an option of it is not known here."""
     published = read_json(folder / "config.json")
-    return Config.of(**family_of(published.get("model_type")).config_in(published))
+    try:
+        return Config.of(**family_of(published.get("model_type")).config_in(published))
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]} is missing") from None
 
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -38,7 +42,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     theirs = {name.removeprefix(family.PREFIX): tensor for name, tensor in read_folder(folder).items()}
     ours = {}
-    for entry in family.table(config):
+    for entry in family.table(model):
         if entry.theirs not in theirs:
             raise ValueError(f"{str(folder)!r}: the tensor {entry.theirs!r} is missing")
         parts = entry.split(theirs.pop(entry.theirs), [shapes[name][0] for name in entry.ours])
@@ -58,7 +62,7 @@ def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES
         raise ValueError(f"export: no published family has this stack; there are {', '.join(FAMILIES)}")
     family, ours = FAMILIES[name], model.state_dict()
     prefixed = {True: family.PREFIX, False: ""}
-    theirs = {prefixed[e.prefixed] + e.theirs: e.join([ours[name] for name in e.ours]) for e in family.table(model.config)}
+    theirs = {prefixed[e.prefixed] + e.theirs: e.join([ours[name] for name in e.ours]) for e in family.table(model)}
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {"model_type": name, **family.config_out(model), "dtype": dtype, "torch_dtype": dtype})

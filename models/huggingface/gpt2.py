@@ -2,7 +2,6 @@
 
 import re
 
-from models.config import Config
 from models.huggingface.table import Entry, check_options
 from models.language_model import LanguageModel
 from nn.attention import MHA
@@ -41,7 +40,8 @@ def fits(model: LanguageModel) -> bool:
         and type(model.position) is LearnedPosition
         and not any(s.layer.qk_norm for s in model.stack[0::2])
         and all(module.bias is not None for module in model.stack.modules() if hasattr(module, "bias"))
-        and model.stack[0].layer.head_dim * model.config.heads == model.config.dim
+        and all(module.weight is not None for module in model.stack.modules() if hasattr(module, "weight"))
+        and model.stack[0].layer.head_dim * model.stack[0].layer.heads == model.config.dim
         and model.stack[1].layer.activation_name in ACTIVATIONS.values()
     )
 
@@ -52,21 +52,21 @@ def config_out(model: LanguageModel) -> dict:
     return dict(
         architectures=["GPT2LMHeadModel"],
         n_layer=len(model.stack) // 2,
-        n_head=config.heads,
+        n_head=model.stack[0].layer.heads,
         n_embd=config.dim,
         n_inner=ffn.up.out_features,
         vocab_size=config.vocab_size,
-        n_positions=config.seq_len,
+        n_positions=model.position.max_len,
         layer_norm_epsilon=model.stack[0].norm.eps,
         activation_function=activation,
         tie_word_embeddings=config.tie,
     )
 
 
-def table(config: Config) -> list[Entry]:
+def table(model: LanguageModel) -> list[Entry]:
     """Their tensors and ours, in the order of the file."""
     entries = [Entry("wte.weight", "embedding.weight"), Entry("wpe.weight", "position.table.weight")]
-    for i in range(config.depth):
+    for i in range(model.config.depth):
         block, mixer, ffn = f"h.{i}", f"stack.{2 * i}", f"stack.{2 * i + 1}"
         for kind in ("weight", "bias"):
             turned = kind == "weight"
@@ -80,4 +80,4 @@ def table(config: Config) -> list[Entry]:
                 Entry(f"{block}.mlp.c_proj.{kind}", f"{ffn}.layer.down.{kind}", transposed=turned),
             ]
     entries += [Entry("ln_f.weight", "final_norm.weight"), Entry("ln_f.bias", "final_norm.bias")]
-    return entries + ([] if config.tie else [Entry("lm_head.weight", "head.weight", prefixed=False)])
+    return entries + ([] if model.config.tie else [Entry("lm_head.weight", "head.weight", prefixed=False)])

@@ -2,7 +2,6 @@
 
 import re
 
-from models.config import Config
 from models.huggingface.table import Entry, check_options
 from models.language_model import LanguageModel
 from nn.attention import GQA, MHA, MQA
@@ -49,6 +48,7 @@ def fits(model: LanguageModel) -> bool:
     return (
         model.alternates((GQA, MHA, MQA), SwiGLU, RMSNorm)
         and not any(s.layer.qk_norm for s in model.stack[0::2])
+        and all((s.layer.query.bias is None) == (s.layer.out.bias is None) for s in model.stack[0::2])
         and all(s.norm.weight is not None for s in model.stack)
         and type(rope) is RoPE
         and rope.fraction == 1
@@ -83,12 +83,14 @@ def config_out(model: LanguageModel) -> dict:
     )
 
 
-def table(config: Config) -> list[Entry]:
+def table(model: LanguageModel) -> list[Entry]:
     """Their tensors and ours, in the order of the file."""
     entries = [Entry("embed_tokens.weight", "embedding.weight")]
-    mixer_kinds = ("weight", "bias") if ":bias=true" in config.mixer else ("weight",)
-    ffn_kinds = ("weight", "bias") if ":bias=true" in config.ffn else ("weight",)
-    for i in range(config.depth):
+    for i in range(model.config.depth):
+        mixer_kinds, ffn_kinds = (
+            ("weight",) if linear.bias is None else ("weight", "bias")
+            for linear in (model.stack[2 * i].layer.query, model.stack[2 * i + 1].layer.gate)
+        )
         block, mixer, ffn = f"layers.{i}", f"stack.{2 * i}", f"stack.{2 * i + 1}"
         entries.append(Entry(f"{block}.input_layernorm.weight", f"{mixer}.norm.weight"))
         for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out")):
@@ -97,4 +99,4 @@ def table(config: Config) -> list[Entry]:
         for theirs, ours in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
             entries += [Entry(f"{block}.mlp.{theirs}.{kind}", f"{ffn}.layer.{ours}.{kind}") for kind in ffn_kinds]
     entries.append(Entry("norm.weight", "final_norm.weight"))
-    return entries + ([] if config.tie else [Entry("lm_head.weight", "head.weight", prefixed=False)])
+    return entries + ([] if model.config.tie else [Entry("lm_head.weight", "head.weight", prefixed=False)])

@@ -17,6 +17,8 @@ class Entry:
 
     def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
         """Theirs -> ours, of which each has so many rows."""
+        if tensor.ndim == 0 or self.transposed and tensor.ndim != 2:
+            raise ValueError(f"tensor {self.theirs!r} has the shape {tuple(tensor.shape)}: too few or too many axes")
         tensor = tensor.T if self.transposed else tensor
         if sum(rows) != len(tensor):
             raise ValueError(f"tensor {self.theirs!r} has {len(tensor)} rows, not {sum(rows)}")

@@ -1,8 +1,5 @@
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from nn.attention.cache import KVCache
@@ -20,7 +17,9 @@ class GQA(nn.Module):
 
     Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
     (arXiv:2305.13245). K = H is multi-head attention, K = 1 multi-query attention. `qk_norm` normalises each query and
-    key to unit root mean square, without a gain (Henry et al. 2020, arXiv:2010.04245).
+    key to unit root mean square, without a gain (Henry et al. 2020, arXiv:2010.04245). `value_embedding` adds a learned
+    vector of each token to its values, beside what they take from x (Jordan et al. 2024, "modded-nanogpt", after the
+    value residuals of Zhou et al. 2024, arXiv:2410.17897); it needs `vocab_size`.
 
     Shapes: x (B, T, C) -> (B, T, C). The decoding state is a KVCache of 2 K D numbers a token.
     """
@@ -28,6 +27,8 @@ class GQA(nn.Module):
     def __init__(
         self,
         dim: int,
+        position: NoPosition | None = None,
+        vocab_size: int | None = None,
         *,
         heads: int = 8,
         kv_heads: int | None = None,
@@ -35,7 +36,7 @@ class GQA(nn.Module):
         bias: bool = False,
         out_bias: bool | None = None,
         qk_norm: bool = False,
-        position: NoPosition | None = None,
+        value_embedding: bool = False,
     ):
         super().__init__()
         at_least(1, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
@@ -45,24 +46,33 @@ class GQA(nn.Module):
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or dim // heads
-        self.qk_norm, self.position = qk_norm, position or NoPosition()
+        self.qk_norm = qk_norm
+        self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
         self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
         self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
         self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.value_table = None
+        if value_embedding:
+            if vocab_size is None:
+                raise ValueError("vocab_size: value_embedding needs it")
+            self.value_table = nn.Embedding(vocab_size, kv_heads * self.head_dim)
         self.out = output_projection(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        split = partial(rearrange, pattern="b t (h d) -> b t h d", d=self.head_dim)
         x = cast_once(x)
-        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        q, k = self.position.rotate(q, context), self.position.rotate(k, context)
+        q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))  # (B, T, heads, D)
+        q, k = self.rotate(q, context), self.rotate(k, context)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
         if context.state is not None:
             k, v = context.state.append(k, v)  # (B, K, S, D)
         y = attend(q, k, v, causal=context.causal, same_document=visible(context))
-        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """(B, T, heads D) -> (B, T, heads, D)."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
         return KVCache(batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device)
@@ -84,14 +94,14 @@ class MHA(GQA):
     def __init__(
         self,
         dim: int,
+        position: NoPosition | None = None,
         *,
         heads: int = 8,
         head_dim: int | None = None,
         bias: bool = False,
         qk_norm: bool = False,
-        position: NoPosition | None = None,
     ):
-        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, qk_norm=qk_norm, position=position)
+        super().__init__(dim, position, heads=heads, head_dim=head_dim, bias=bias, qk_norm=qk_norm)
 
 
 class MQA(GQA):
@@ -103,11 +113,11 @@ class MQA(GQA):
     def __init__(
         self,
         dim: int,
+        position: NoPosition | None = None,
         *,
         heads: int = 8,
         head_dim: int | None = None,
         bias: bool = False,
         qk_norm: bool = False,
-        position: NoPosition | None = None,
     ):
-        super().__init__(dim, heads=heads, kv_heads=1, head_dim=head_dim, bias=bias, qk_norm=qk_norm, position=position)
+        super().__init__(dim, position, heads=heads, kv_heads=1, head_dim=head_dim, bias=bias, qk_norm=qk_norm)

@@ -23,9 +23,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, same_document: Tens
     Shapes: q (B, H, T, D), k (B, K, S, D), v (B, K, S, Dv) -> (B, H, T, Dv), all of one dtype. The T queries are the last
     T of the S tokens; with `causal`, query t sees the keys up to S - T + t. `same_document` (B, T, S) bool: only where true.
     """
-    if q.device.type in ("cpu", "meta"):
-        return BlockAttention.apply(q, k, v, causal, same_document)
     queries, keys = q.shape[2], k.shape[2]
+    if q.device.type in ("cpu", "meta") and queries > 1:
+        return BlockAttention.apply(q, k, v, causal, same_document)
     mask = same_document[:, None] if same_document is not None else None
     if causal and 1 < queries and (mask is not None or queries < keys):
         past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
@@ -45,12 +45,13 @@ def visible(context: Context) -> Tensor | None:
 class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, same_document: Tensor | None) -> Tensor:
-        y = q.new_empty(*q.shape[:-1], v.shape[-1])
+        batch, heads, queries, _ = q.shape
+        y = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)  # as the output projection will read it
         probabilities = None
-        for start, end, seen in query_blocks(q.shape[2], k.shape[2], causal):
+        for start, end, seen in query_blocks(queries, k.shape[2], causal):
             probabilities = block_softmax(q, k, causal, same_document, start, end, seen)
-            y[:, :, start:end] = (probabilities @ heads_as_batch(v)[:, :seen]).view(*q.shape[:2], end - start, v.shape[-1])
-        one_block = q.shape[2] <= QUERY_BLOCK
+            y[:, :, start:end] = (probabilities @ heads_as_batch(v)[:, :seen]).view(batch, heads, end - start, v.shape[-1])
+        one_block = queries <= QUERY_BLOCK
         ctx.save_for_backward(q, k, v, same_document, probabilities if one_block else None)
         ctx.causal = causal
         return y

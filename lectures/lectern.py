@@ -1,0 +1,20 @@
+"""What every lecture stands on: the house on the import path, and a place for its figure.
+
+`python lectures/NN_name.py` puts this folder on the path, not the one above it; importing this module adds that one.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("MPLBACKEND", "Agg")  # draw into files; a notebook has set its own
+
+
+def save_figure(figure, name: str) -> Path:
+    """Save a figure as lectures/figures/<name>.png, where git does not look."""
+    path = ROOT / "lectures" / "figures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

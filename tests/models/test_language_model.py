@@ -1,0 +1,139 @@
+"""The whole model: published sizes, initialisation, tied heads, the loss it gives."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import PRESETS, Config, LanguageModel, build_model
+from models.describe import parameters
+from models.weights import load_model, save_model
+
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama-1b": 1_235_814_400,
+    "llama-3b": 3_212_749_824,
+    "llama-8b": 8_030_261_248,
+}
+TINY = dict(vocab_size=31, dim=16, heads=2, depth=2, seq_len=12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    """Every preset builds and runs, without memory; the published ones have their published number of parameters."""
+    config = Config.of(model=preset)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+        assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, config.vocab_size)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PUBLISHED.get(preset, count) == sum(parameters(model).values())
+
+
+def test_every_published_size_is_a_preset():
+    assert PUBLISHED.keys() <= PRESETS.keys()
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("llama-1m", 1), ("llama-10m", 10), ("llama-125m", 125)])
+def test_the_names_of_small_llamas(preset, millions):
+    with torch.device("meta"):
+        model = LanguageModel(Config.of(model=preset))
+    assert 0.75 < sum(p.numel() for p in model.parameters()) / (millions * 1e6) < 1.35
+
+
+def test_tied_head_shares_memory(tmp_path):
+    tied, untied = (build_model(Config.of(**TINY, tie=tie)) for tie in (True, False))
+    assert tied.head.weight is tied.embedding.weight and untied.head.weight is not untied.embedding.weight
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 31 * 16
+    save_model(tied, tmp_path)
+    again = load_model(tmp_path)
+    assert again.head.weight is again.embedding.weight
+    with torch.no_grad():
+        again.embedding.weight.zero_()
+    assert not again.head.weight.any()
+
+
+@pytest.mark.parametrize("init", ["fan_in", "gpt2"])
+@pytest.mark.parametrize("model", ["small", "gpt2", "llama-1m"])
+def test_same_seed_same_weights(model, init):
+    one, two, other = (build_model(Config.of(model=model, init=init, **TINY), seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    torch.manual_seed(99)  # nor does it depend on the generator of the program
+    assert all(
+        torch.equal(one[name], tensor)
+        for name, tensor in build_model(Config.of(model=model, init=init, **TINY), seed=1).state_dict().items()
+    )
+
+
+def test_gpt2_initialisation():
+    """Standard deviation 0.02, residual outputs divided by the root of their number, biases zero."""
+    model = build_model(Config.of(model="gpt2", depth=3, dim=256, heads=4, vocab_size=999))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all()
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            std = 0.02 / math.sqrt(6) if ".out." in name or ".down." in name else 0.02
+            assert abs(parameter.std().item() / std - 1) < 0.02 and abs(parameter.mean().item()) < std / 50
+
+
+def test_fan_in_initialisation():
+    """Sublayers begin as the identity and the model as a uniform guess; elsewhere variance 1 / (4 fan-in)."""
+    model = build_model(Config.of(depth=3, dim=256, heads=4, vocab_size=999, ffn="swiglu"))
+    for name, parameter in model.named_parameters():
+        if name.startswith("head") or ".out." in name or ".down." in name:
+            assert not parameter.any()
+        elif name.startswith("embedding"):
+            assert abs(parameter.std().item() - 1) < 0.01
+        else:
+            std = 0.5 / math.sqrt(parameter.shape[1])
+            assert abs(parameter.std().item() / std - 1) < 0.02 and parameter.abs().max() <= std * math.sqrt(3) + 1e-6
+    tokens = torch.randint(999, (2, 8), generator=torch.Generator().manual_seed(0))
+    assert abs(model(tokens, tokens).item() - tokens.numel() * math.log(999)) < 1e-2
+
+
+@pytest.mark.parametrize("preset", ["small", "gpt2", "llama-1m"])
+def test_a_new_model_guesses(preset):
+    """The loss before training is that of a uniform guess, or close above it."""
+    config = Config.of(model=preset, depth=2, dim=64, heads=4, vocab_size=256, seq_len=32)
+    tokens = torch.randint(256, (8, 33), generator=torch.Generator().manual_seed(0))
+    loss = build_model(config)(tokens[:, :-1], tokens[:, 1:]).item() / (8 * 32)
+    assert abs(loss - math.log(256)) < 0.15
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("norm_place", ["pre", "post"])
+def test_loss_is_the_cross_entropy_of_the_logits(softcap, norm_place):
+    model = LanguageModel(Config.of(**TINY, softcap=softcap, norm_place=norm_place, tie=True)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(31, (3, 9), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+    logits = model(tokens)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    found = model(tokens, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    ours = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    theirs = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert not softcap or logits.abs().max() < softcap
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_come_back(position, tie, tmp_path):
+    model = build_model(Config.of(**TINY, position=position, tie=tie, init="gpt2"), seed=3)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+    tokens = torch.arange(12)[None]
+    assert torch.equal(again(tokens), model(tokens))
