@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         folder = find(Path(args.checkpoint))
         device = choose_device(args.device)
-        dtype = choose_dtype(args.dtype, device)
+        steps = args.command in (sample, speed) and device.type == "cpu"  # one row at a time: casting costs more than it saves
+        dtype = choose_dtype("float32" if steps and args.dtype == "auto" else args.dtype, device)
         model = load_model(folder).to(device).eval()
         print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}", file=sys.stderr)
         with autocast(device, dtype):
@@ -82,7 +83,8 @@ def speed(args, folder: Path, model: LanguageModel) -> int:
             list(tokens) if phase == "decode" else next(tokens)
             synchronise(device)
             best[phase] = max(best[phase], count / (time.perf_counter() - start))
-    print(f"prefill {best['prefill']:,.0f} tokens/s, decode {best['decode']:,.0f} tokens/s (batch {args.batch_size}, best of {args.repeats})")
+    rates = ", ".join(f"{phase} {rate:,.0f} tokens/s" for phase, rate in best.items())
+    print(f"{rates} (batch {args.batch_size}, best of {args.repeats})")
     return 0
 
 
@@ -103,8 +105,10 @@ def tokenizer_of(folder: Path, spec: str) -> Tokenizer:
 
 def parse(argv: list[str] | None):
     shared = Parser(add_help=False)
-    shared.add_argument("--checkpoint", default="runs", metavar="FOLDER", help="a run, a checkpoint or a published model [the newest run]")
-    shared.add_argument("--tokenizer", default="", metavar="…", help="where the checkpoint has none: a path or a tiktoken name")
+    shared.add_argument("--checkpoint", default="runs", metavar="FOLDER",
+                        help="a run, a checkpoint or a published model [the newest run]")  # fmt: skip
+    shared.add_argument("--tokenizer", default="", metavar="…",
+                        help="where the checkpoint has none: a path or a tiktoken name")  # fmt: skip
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     shared.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser = Parser(prog="eval.py", description=__doc__)

@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"resume: {place!r} holds weights but no run to go on with; --weights starts from it")
             return train(replace(read_config(resumed), **flags), resumed)
         if flags.get("weights"):
-            flags["weights"] = str(find(Path(flags["weights"])))
-            return train(replace(read_config(Path(flags["weights"])), **{"out": ""} | flags), None)
+            weights = find(Path(flags["weights"]))
+            tokenizer = weights / "tokenizer" if (weights / "tokenizer").exists() else weights
+            defaults = dict(tokenizer=str(tokenizer), out="")
+            return train(replace(read_config(weights), **defaults | flags | dict(weights=str(weights))), None)
         return train(Config.of(**flags), None)
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -82,9 +84,8 @@ def train(config: Config, resumed: Path | None) -> int:
         return (document.text for document in training_documents(config.data, config.val_data or None))
 
     with first_rank_first(rank, world):
-        saved = resumed or (Path(config.weights) if config.weights else None)
-        if saved and (saved / "tokenizer").exists():
-            tokenizer = Tokenizer.load(saved / "tokenizer")
+        if resumed:
+            tokenizer = Tokenizer.load(resumed / "tokenizer")
         else:
             tokenizer = load_tokenizer(config.tokenizer, texts=texts, vocab_size=config.vocab_size)
         training, validation = load(config.data, tokenizer, val_spec=config.val_data or None)
@@ -98,8 +99,11 @@ def train(config: Config, resumed: Path | None) -> int:
     if not resumed and checkpoints(run):
         raise ValueError(f"out: {str(run)!r} holds a run already; --resume {run} goes on with it")
     config = replace(config, out=str(run), dtype=str(dtype).removeprefix("torch."))
+    saved = resumed or (Path(config.weights) if config.weights else None)
     if not saved:
         config = replace(config, vocab_size=tokenizer.vocab_size)
+    elif tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"tokenizer: it has {tokenizer.vocab_size} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
     optimizer = build_optimizer(config, model)
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")

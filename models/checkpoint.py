@@ -43,7 +43,8 @@ def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> P
         flush(run)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in [aside, *checkpoints(run)[:-keep]]:
+    remove(aside)
+    for old in checkpoints(run)[:-keep]:
         remove(old)
     return target
 

@@ -18,7 +18,8 @@ def flag(section: str, default: Any, help: str, choices: tuple[str, ...] | None 
 class Config:
     """Everything a run is made of. The fields of the section `model` are set by the preset that `model` names."""
 
-    data: str = flag("data", "python", "what to learn from: python (its standard library), or files, folders, globs, URLs; joined by commas")
+    data: str = flag("data", "python",
+                     "what to learn from: python (its standard library), or files, folders, globs, URLs; joined by commas")
     val_data: str = flag("data", "", "what to validate on (default: a tenth of the documents)")
     tokenizer: str = flag("data", "bpe", "bpe (trained on the data), byte, a path, or the name of a tiktoken encoding")
 
@@ -44,7 +45,8 @@ class Config:
     batch_size: int = flag("training", 16, "sequences a step, over all processes")
     accumulate: int = flag("training", 1, "split each step's batch into this many parts, one after the other")
     optimizer: str = flag("training", "muon:lr=0.02", "what moves the hidden matrices: muon, adamw")
-    rest_optimizer: str = flag("training", "adamw:lr=0.004:betas=0.8+0.95:weight_decay=0", "what moves head, embeddings and vectors")
+    rest_optimizer: str = flag("training", "adamw:lr=0.004:betas=0.8+0.95:weight_decay=0",
+                               "what moves head, embeddings and vectors")
     embedding_lr: float = flag("training", 0.02, "learning rate of the embeddings")
     schedule: str = flag("training", "linear", "learning rate over the run: cosine, linear, wsd, rsqrt")
     clip: float = flag("training", 0.0, "largest norm of the gradient (0: no limit)")
@@ -52,7 +54,8 @@ class Config:
     seed: int = flag("training", 0, "of weights and batches")
 
     device: str = flag("machine", "auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("machine", "auto", "of matrix products; auto: bfloat16 where it is faster", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = flag("machine", "auto",
+                      "of matrix products; auto: bfloat16 where it is faster", ("auto", "float32", "bfloat16", "float16"))
     compile: bool = flag("machine", False, "compile the model with torch.compile (CPU: needs a C++ compiler)")
 
     out: str = flag("output", "", "folder of the run (default: runs/<date>-<time>)")

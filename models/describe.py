@@ -75,7 +75,8 @@ def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
     total, flops = sum(parts.values()), forward_flops(model, seq_len)
     state, activations = state_bytes(model, seq_len, dtype), activation_bytes(config, seq_len, dtype)
     return "\n".join([
-        f"{config.model}: {len(model.stack)} sublayers of width {config.dim}, sequences of {seq_len:,} tokens, {dtype}".replace("torch.", ""),
+        f"{config.model}: {len(model.stack)} sublayers of width {config.dim}, sequences of {seq_len:,} tokens, "
+        + str(dtype).removeprefix("torch."),
         "",
         *lines,
         f"{'parameters':28}{total:>18,}",

@@ -58,7 +58,9 @@ class Sampler:
 
 
 @torch.inference_mode()
-def generate(model: LanguageModel, prompt: Tensor, *, new_tokens: int, sampler: Sampler, stop: int | None = None) -> Iterator[Tensor]:
+def generate(
+    model: LanguageModel, prompt: Tensor, *, new_tokens: int, sampler: Sampler, stop: int | None = None
+) -> Iterator[Tensor]:
     """Yield up to `new_tokens` tokens (B,) int64 that follow `prompt` (B, T) int64, ending early when all rows said `stop`."""
     if prompt.shape[1] == 0:
         raise ValueError("prompt: at least one token is needed to go on from")

@@ -91,7 +91,8 @@ class LanguageModel(nn.Module):
         """Whether the stack is pre-norm layers of one mixer and one ffn, all alike: what published families look like."""
         pre = isinstance(self.final_norm, norm) and len(self.stack) == 2 * self.config.depth > 0
         kinds = zip(self.stack[0::2], self.stack[1::2], strict=True) if pre else []
-        return pre and not self.config.stack and not self.config.softcap and "," not in self.config.mixer + self.config.ffn and all(
+        alike = not self.config.stack and "," not in self.config.mixer + self.config.ffn
+        return pre and alike and not self.config.softcap and all(
             isinstance(a.layer, mixer) and isinstance(b.layer, ffn) and isinstance(a.norm, norm) for a, b in kinds
         )
 

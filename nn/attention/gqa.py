@@ -61,6 +61,8 @@ class GQA(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = cast_once(x)
         q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))  # (B, T, heads, D)
+        if self.value_table is not None:
+            v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
         q, k = self.rotate(q, context), self.rotate(k, context)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from models import PRESETS, Config
 from models.config import LEAST, Parser, add_flags
+from models.describe import main
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = get_type_hints(Config)
@@ -95,8 +96,10 @@ def test_any_json(values):
         (dict(minutes=float("nan")), ["minutes: nan"]), (dict(depth="4"), ["depth: '4' is not of type int"]),
         (dict(depth=True), ["depth: True is not of type int"]), (dict(tie=1), ["tie: 1 is not of type bool"]),
         (dict(clip="1"), ["clip: '1' is not of type float"]), (dict(dim=2.0), ["dim: 2.0 is not of type int"]),
-        (dict(model=None), ["model: None is not of type str"]), (dict(norm_place="mid"), ["norm_place: 'mid' is not one of pre, post"]),
-        (dict(init="zeros"), ["init: 'zeros' is not one of fan_in, gpt2"]), (dict(dtype="int8"), ["dtype: 'int8' is not one of auto"]),
+        (dict(model=None), ["model: None is not of type str"]),
+        (dict(norm_place="mid"), ["norm_place: 'mid' is not one of pre, post"]),
+        (dict(init="zeros"), ["init: 'zeros' is not one of fan_in, gpt2"]),
+        (dict(dtype="int8"), ["dtype: 'int8' is not one of auto"]),
     ],
 )  # fmt: skip
 def test_bad_values(given, parts):
@@ -141,9 +144,12 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--dpeth", "3"], "unrecognized arguments: --dpeth 3 (did you mean '--depth'?)"), (["--dep", "3"], "--dep"), (["--depth"], "--depth"),
-        (["--depth", "three"], "invalid int value: 'three'"), (["--norm-place", "mid"], "invalid choice: 'mid'"), (["stray"], "stray"),
-        (["--clip", "much"], "invalid float value: 'much'"), ([" "], "unrecognized"), ([""], "unrecognized"), (["--=3"], "--=3"),
+        (["--dpeth", "3"], "unrecognized arguments: --dpeth 3 (did you mean '--depth'?)"), (["--dep", "3"], "--dep"),
+        (["--depth"], "--depth"),
+        (["--depth", "three"], "invalid int value: 'three'"), (["--norm-place", "mid"], "invalid choice: 'mid'"),
+        (["stray"], "stray"),
+        (["--clip", "much"], "invalid float value: 'much'"), ([" "], "unrecognized"), ([""], "unrecognized"),
+        (["--=3"], "--=3"),
     ],
 )  # fmt: skip
 def test_bad_flags(argv, part, capsys):
@@ -170,8 +176,14 @@ def test_any_command_line(argv):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--depth", "x"], ["--unheard"], ["--dim", "-3"], ["--mixer", "gpa"], ["--position", "learned:seq_len=0"]]
+    "argv", [["--mixer", "gpa"], ["--dim", "-3"], ["--position", "learned:seq_len=0"], ["--stack", "(gqa"]]
 )
-def test_the_script_ends_with_one_line_and_status_2(argv):
-    ended = subprocess.run([sys.executable, "-m", "models.describe", *argv], capture_output=True, text=True)
+def test_a_model_that_cannot_be(argv, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+
+
+def test_the_script_ends_with_one_line_and_status_2():
+    ended = subprocess.run([sys.executable, "-m", "models.describe", "--unheard"], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == "" and len(ended.stderr.splitlines()) == 1

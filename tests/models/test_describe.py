@@ -84,7 +84,9 @@ def test_activation_bytes(options, dtype):
     model = LanguageModel(config).to(dtype)
     sizes = [activation_bytes(config, length, dtype) for length in (16, 32, 64)]
     counted = [kept_for_backward(model, torch.zeros(1, length, dtype=torch.int64)) for length in (16, 32, 64)]
-    assert sizes == pytest.approx(counted, rel=0 if dtype == torch.float32 else 0.02)  # a CPU keeps LayerNorm's sums in bfloat16
+    assert sizes == pytest.approx(
+        counted, rel=0 if dtype == torch.float32 else 0.02
+    )  # a CPU keeps LayerNorm's sums in bfloat16
     assert 0 < sizes[0] < sizes[1] < sizes[2] <= 16 * sizes[0]  # of order T to T^2
 
 
@@ -118,4 +120,6 @@ def test_the_table_says_what_it_counts():
 def test_a_mistake_is_one_line(capsys):
     assert main(["--mixer", "gpa"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("describe: unknown mixer 'gpa' (did you mean 'gqa'?); there are: mha, ") and len(err.splitlines()) == 1
+    assert (
+        err.startswith("describe: unknown mixer 'gpa' (did you mean 'gqa'?); there are: mha, ") and len(err.splitlines()) == 1
+    )

@@ -128,7 +128,10 @@ def distinct_logits(batch: int, seed: int) -> torch.Tensor:
 def test_probabilities(seed, temperature, top_k, top_p, min_p, batch):
     logits = distinct_logits(batch, seed)
     exact = expected(logits.numpy(), temperature, top_k, top_p, min_p)
-    close = [expected(logits.numpy(), temperature, top_k, top_p * (1 + d), min_p * (1 + d)) for d in (-1e-4, 1e-4)]
+    close = [
+        expected(logits.numpy(), temperature, top_k, min(1.0, top_p * (1 + d)), min(1.0, min_p * (1 + d)))
+        for d in (-1e-4, 1e-4)
+    ]
     assume(all(((p > 0) == (exact > 0)).all() for p in close))  # no token on the very edge of a set
     p = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).probabilities(logits)
     assert p.dtype == torch.float32 and np.array_equal(p.numpy() > 1e-30, exact > 1e-30)
@@ -140,7 +143,8 @@ def test_probabilities(seed, temperature, top_k, top_p, min_p, batch):
     ("options", "kept"),
     [
         (dict(), 4), (dict(top_k=1), 1), (dict(top_k=3), 3), (dict(top_k=99), 4), (dict(top_p=0.5), 1), (dict(top_p=0.51), 2),
-        (dict(top_p=0.75), 2), (dict(top_p=0.0), 1), (dict(top_p=1.0), 4), (dict(min_p=0.5), 2), (dict(min_p=1.0), 1), (dict(min_p=0.2), 4),
+        (dict(top_p=0.75), 2), (dict(top_p=0.0), 1), (dict(top_p=1.0), 4), (dict(min_p=0.5), 2), (dict(min_p=1.0), 1),
+        (dict(min_p=0.2), 4),
         (dict(top_k=3, top_p=0.8), 2), (dict(top_k=2, min_p=0.4), 2),
     ],
 )  # fmt: skip

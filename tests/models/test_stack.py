@@ -15,9 +15,12 @@ from nn.context import Context
     ("text", "expected"),
     [
         ("", []), ("   ", []), ("gqa", ["gqa"]), ("gqa mlp", ["gqa", "mlp"]), ("gqa*3", ["gqa"] * 3), ("gqa * 2", ["gqa"] * 2),
-        ("(gqa mlp)*2", ["gqa", "mlp"] * 2), ("(gqa)", ["gqa"]), ("(gqa mlp) swiglu", ["gqa", "mlp", "swiglu"]), ("gqa*0 mlp", ["mlp"]),
-        ("((gqa mlp)*2 mha)*2", ["gqa", "mlp", "gqa", "mlp", "mha"] * 2), ("(gqa(mlp)*2)*2mha", ["gqa", "mlp", "mlp"] * 2 + ["mha"]),
-        ("none gqa none*5", ["gqa"]), ("(none)*3", []), ("gqa:kv_heads=2:bias=true mlp:width=8*2", ["gqa:kv_heads=2:bias=true"] + ["mlp:width=8"] * 2),
+        ("(gqa mlp)*2", ["gqa", "mlp"] * 2), ("(gqa)", ["gqa"]), ("(gqa mlp) swiglu", ["gqa", "mlp", "swiglu"]),
+        ("gqa*0 mlp", ["mlp"]),
+        ("((gqa mlp)*2 mha)*2", ["gqa", "mlp", "gqa", "mlp", "mha"] * 2),
+        ("(gqa(mlp)*2)*2mha", ["gqa", "mlp", "mlp"] * 2 + ["mha"]),
+        ("none gqa none*5", ["gqa"]), ("(none)*3", []),
+        ("gqa:kv_heads=2:bias=true mlp:width=8*2", ["gqa:kv_heads=2:bias=true"] + ["mlp:width=8"] * 2),
         ("\n(gqa\tmlp)\n*2\n", ["gqa", "mlp"] * 2), ("gqa*9999", ["gqa"] * 9999),
     ],
 )  # fmt: skip
@@ -51,8 +54,10 @@ def test_any_nesting(tree):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("(gqa", "a ) is missing"), ("gqa)", "a ) too many"), ("gqa*x", "'*'"), ("*2", "'*'"), ("gqa*", "'*'"), ("gqq", "unknown sublayer 'gqq'"),
-        ("gqa*20000", "'0'"), ("(gqa*9999)*2", "more than 10000"), ("(mlp:witdh=3)*2", "did you mean 'width'?"), ("gqa,mlp", "unknown sublayer 'gqa,mlp'"),
+        ("(gqa", "a ) is missing"), ("gqa)", "a ) too many"), ("gqa*x", "'*'"), ("*2", "'*'"), ("gqa*", "'*'"),
+        ("gqq", "unknown sublayer 'gqq'"),
+        ("gqa*20000", "'0'"), ("(gqa*9999)*2", "more than 10000"), ("(mlp:witdh=3)*2", "did you mean 'width'?"),
+        ("gqa,mlp", "unknown sublayer 'gqa,mlp'"),
     ],
 )  # fmt: skip
 def test_mistakes(text, part):
@@ -66,7 +71,8 @@ def test_mistakes(text, part):
     [
         ("gqa", "mlp", 2, ["gqa", "mlp"] * 2), ("gqa,mqa", "mlp", 3, ["gqa", "mlp", "mqa", "mlp", "gqa", "mlp"]),
         ("gqa,mqa,mha", "mlp,swiglu", 4, ["gqa", "mlp", "mqa", "swiglu", "mha", "mlp", "gqa", "swiglu"]),
-        ("none", "mlp", 2, ["mlp"] * 2), ("gqa,none", "none,mlp", 2, ["gqa", "mlp"]), ("none", "none", 5, []), ("gqa", "mlp", 0, []),
+        ("none", "mlp", 2, ["mlp"] * 2), ("gqa,none", "none,mlp", 2, ["gqa", "mlp"]), ("none", "none", 5, []),
+        ("gqa", "mlp", 0, []),
     ],
 )  # fmt: skip
 def test_lists_cycle_over_the_depth(mixer, ffn, depth, expected):

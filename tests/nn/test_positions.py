@@ -164,8 +164,10 @@ def test_far_positions_in_float32():
 @pytest.mark.parametrize(
     ("spec", "argument"),
     [
-        ("rope:fraction=0", "fraction"), ("rope:fraction=1.5", "fraction"), ("rope:theta=0", "theta"), ("rope:factor=0.5", "factor"),
-        ("rope:low=4:high=4", "low"), ("rope:original=0", "original"), ("learned:seq_len=0", "seq_len"), ("sinusoidal:theta=-1", "theta"),
+        ("rope:fraction=0", "fraction"), ("rope:fraction=1.5", "fraction"), ("rope:theta=0", "theta"),
+        ("rope:factor=0.5", "factor"),
+        ("rope:low=4:high=4", "low"), ("rope:original=0", "original"), ("learned:seq_len=0", "seq_len"),
+        ("sinusoidal:theta=-1", "theta"),
     ],
 )  # fmt: skip
 def test_bad_arguments(spec, argument):

@@ -138,11 +138,14 @@ def test_ours_there(options, shard_bytes, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(model="small"), dict(model="gpt2", mixer="mha"), dict(model="gpt2", position="rope"), dict(model="gpt2", softcap=5.0),
-        dict(model="gpt2", norm="layernorm:gain=false"), dict(model="gpt2", norm_place="post"), dict(model="gpt2", mixer="mha:bias=true:head_dim=4"),
+        dict(model="small"), dict(model="gpt2", mixer="mha"), dict(model="gpt2", position="rope"),
+        dict(model="gpt2", softcap=5.0), dict(model="llama-1m", mixer="gqa:value_embedding=true"),
+        dict(model="gpt2", norm="layernorm:gain=false"), dict(model="gpt2", norm_place="post"),
+        dict(model="gpt2", mixer="mha:bias=true:head_dim=4"),
         dict(model="gpt2", mixer="mha:bias=true:qk_norm=true"), dict(model="gpt2", stack="mha:bias=true mlp:bias=true"),
         dict(model="gpt2", ffn="mlp:bias=true:activation=relu2"), dict(model="llama-1m", mixer="gqa:bias=true:out_bias=false"),
-        dict(model="llama-1m", mixer="gqa:out_bias=true"), dict(model="llama-1m", mixer="gqa,mqa"), dict(model="llama-1m", norm="rmsnorm:gain=no"),
+        dict(model="llama-1m", mixer="gqa:out_bias=true"), dict(model="llama-1m", mixer="gqa,mqa"),
+        dict(model="llama-1m", norm="rmsnorm:gain=no"),
         dict(model="llama-1m", position="rope:fraction=0.5:interleaved=true"), dict(model="llama-1m", mixer="none"),
     ],
 )  # fmt: skip
@@ -192,7 +195,8 @@ def complaint(folder) -> str:
         ("gpt2", dict(n_head=5), ["heads: a dim of 24 does not divide into 5 heads"]),
         ("llama", dict(hidden_act="gelu"), ["hidden_act = 'gelu' is not supported, only silu"]),
         ("llama", dict(pretraining_tp=2), ["pretraining_tp = 2 is not supported"]),
-        ("llama", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), ["rope_type 'yarn' is not supported, only default and llama3"]),
+        ("llama", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)),
+        ["rope_type 'yarn' is not supported, only default and llama3"]),
         ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=4.0)), ["config.json: low_freq_factor is missing"]),
         ("llama", dict(num_key_value_heads=3), ["kv_heads: 4 query heads"]),
         ("llama", dict(hidden_size=0), ["dim: 0 is too small"]),

@@ -1,6 +1,7 @@
-"""A cache folder for the tests of one session, so that they neither read nor fill the user's."""
+"""What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -9,3 +10,8 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROSETTA_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

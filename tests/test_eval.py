@@ -1,0 +1,88 @@
+"""eval.py as its users meet it."""
+
+import re
+
+import pytest
+
+import eval as evaluation
+import train
+from models.checkpoint import checkpoints, read_json
+from models.log import read
+
+TINY = "--dim 32 --depth 2 --heads 2 --seq-len 32 --batch-size 4 --eval-every 0 --sample 1 --dtype float32 --steps 60".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny model that a published family can hold, trained on multiplication."""
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "text.txt").write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(40) for b in range(40)))
+    stack = ["--tokenizer", "byte", "--norm", "rmsnorm", "--ffn", "swiglu", "--mixer", "gqa", "--data", str(folder / "text.txt")]
+    assert train.main([*TINY, *stack, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_bpb_is_that_of_the_run(run, capsys):
+    assert evaluation.main(["bpb", "--checkpoint", str(run), "--dtype", "float32"]) == 0
+    printed = float(re.match(r"[\d.]+", capsys.readouterr().out)[0])
+    assert printed == pytest.approx(read(run / "log.jsonl")[-1]["bpb"], abs=1e-4)
+    assert evaluation.main(["bpb", "--checkpoint", str(run), "--tokens", "64", "--seq-len", "16", "--batch-size", "2"]) == 0
+
+
+def sample(run, capsys, *flags: str) -> str:
+    assert evaluation.main(["sample", "--checkpoint", str(run), "--prompt", "7 times", "--tokens", "40", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_samples_go_on_from_the_prompt_and_follow_the_seed(run, capsys):
+    one, same, other = (sample(run, capsys, "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == same != other and one.startswith("7 times") and len(one) > 20
+    greedy = sample(run, capsys, "--temperature", "0")
+    assert greedy == sample(run, capsys, "--top-k", "1") == sample(run, capsys, "--top-p", "0") == sample(run, capsys, "--min-p", "1")
+    assert " is " in greedy
+
+
+def test_speed_prints_both_phases(run, capsys):
+    assert evaluation.main(["speed", "--checkpoint", str(run), "--prompt-tokens", "8", "--tokens", "8", "--repeats", "1"]) == 0
+    assert re.match(r"prefill [\d,]+ tokens/s, decode [\d,]+ tokens/s", capsys.readouterr().out)
+
+
+def test_an_exported_model_says_the_same(run, tmp_path, capsys):
+    published = tmp_path / "published"
+    assert evaluation.main(["export", "--checkpoint", str(run), "--to", str(published)]) == 0
+    assert read_json(published / "config.json")["model_type"] == "llama"
+    capsys.readouterr()
+    assert sample(run, capsys, "--seed", "3") == sample(published, capsys, "--seed", "3")
+    assert train.main([*TINY, "--weights", str(published), "--data", str(run.parent / "text.txt"), "--out", str(tmp_path / "on")]) == 0
+    losses = [record["loss"] for record in read(tmp_path / "on" / "log.jsonl") if "loss" in record]
+    assert losses[0] < 3, "fine-tuning starts from the exported weights, not from a uniform guess of log 257 = 5.5"
+
+
+BAD = {
+    "--checkpoint /no/such": "there is none in '/no/such'",
+    "--temperature -1": "temperature: -1.0 is not between",
+    "--top-p 2": "top_p: 2.0 is not between",
+    "--device tpu": "device: 'tpu'",
+    "--tokens few": "invalid int value",
+    "--tokenizer nonsense": "nonsense",
+    "--tokens 0 --tempreature 3": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_and_status_2(flags, run, capsys):
+    try:
+        status = evaluation.main(["sample", "--checkpoint", str(run), *flags.split()])
+    except SystemExit as leaving:
+        status = leaving.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py")]
+    assert status == 2 and len(lines) == 1 and BAD[flags] in lines[0]
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys):
+    (saved,) = checkpoints(run)
+    good = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(good[:-7])
+    assert evaluation.main(["sample", "--checkpoint", str(run)]) == 2
+    assert "model.safetensors has" in capsys.readouterr().err
+    (saved / "model.safetensors").write_bytes(good)
