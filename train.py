@@ -8,17 +8,13 @@
 """
 
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Loader, Tokenizer, load, load_tokenizer, training_documents, windows
@@ -37,6 +33,7 @@ from nn.norm import NORMS
 from nn.position import POSITIONS
 from nn.spec import listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_parameters, unflatten_state
+from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "init": INITS,
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
@@ -162,10 +159,10 @@ def train(config: Config, resumed: Path | None) -> int:
             total += loss.detach() / world
         loss = summed(total, world)
         if not math.isfinite(loss):
-            good = checkpoints(run)
             log.close()
-            print(f"train.py: the loss became {loss} at step {step + 1}; last good checkpoint: {good[-1] if good else 'none'}",
-                  file=sys.stderr)  # fmt: skip
+            release_signals()
+            good = checkpoints(run)[-1:] or ["none"]
+            print(f"train.py: the loss became {loss} at step {step + 1}; last good checkpoint: {good[0]}", file=sys.stderr)
             return 1
         if config.clip:
             scaler.unscale_(optimizer)
@@ -175,9 +172,8 @@ def train(config: Config, resumed: Path | None) -> int:
         optimizer.zero_grad()
         step += 1
 
-        seconds, elapsed = elapsed, before + time.perf_counter() - began
-        seconds = elapsed - seconds
-        pace = 0.9 * pace + 0.1 * seconds if pace else seconds
+        started, elapsed = elapsed, before + time.perf_counter() - began
+        pace = 0.9 * pace + 0.1 * (elapsed - started) if pace else elapsed - started  # seconds a step, the last ten or so
         speed = tokens_a_step / pace
         log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=speed * flops_a_token / peak)
         if config.eval_every and step % config.eval_every == 0:
@@ -254,46 +250,6 @@ def catch_signals() -> list[int]:
 def release_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def join_processes() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun set them; (0, 1) without it."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def first_rank_first(rank: int, world: int) -> Iterator[None]:
-    """What the first process makes (a tokenizer, a cache), the others find made."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
-
-
-def agree(elapsed: float, stop: list[int], world: int) -> tuple[float, int]:
-    """The clock of the slowest process, and the signal that any of them caught (0: none): all must end at one step."""
-    state = torch.tensor([elapsed, stop[0] if stop else 0], dtype=torch.float64)
-    if world > 1:
-        state = state.cuda() if torch.cuda.is_available() else state
-        dist.all_reduce(state, dist.ReduceOp.MAX)
-    return state[0].item(), int(state[1])
-
-
-def summed(value: torch.Tensor, world: int) -> float:
-    """The sum of a scalar over all processes."""
-    if world > 1:
-        dist.all_reduce(value)
-    return value.item()
 
 
 if __name__ == "__main__":

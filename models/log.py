@@ -17,6 +17,7 @@ class Log:
 
     def __init__(self, run: Path, step: int, *, quiet: bool = False):
         self.quiet, self.path = quiet, run / "log.jsonl"
+        self.pace, self.judged = "", ""
         if quiet:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -28,18 +29,22 @@ class Log:
         self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:24}| {postfix}", disable=None, leave=False)
 
     def step(self, done: float, **record) -> None:
-        """A training step, `done` being the share of the run before it."""
+        """A training step: step, loss, elapsed, speed, share, …; `done` is the share of the run before it."""
         if self.quiet:
             return
         self.file.write(json.dumps(record) + "\n")
+        self.pace = "loss {loss:.3f}  {speed:,.0f} tokens/s, {share:.0%} of the matmul peak".format(**record)
         self.bar.n = 100 * min(1.0, done)
-        self.bar.set_postfix_str("step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s".format(**record), refresh=False)
+        self.bar.set_postfix_str(f"step {record['step']}  {self.pace}{self.judged}", refresh=False)
         self.bar.update(0)
 
     def evaluation(self, **record) -> None:
+        """Bits per byte on validation text after a step: step, bpb, elapsed."""
         if self.quiet:
             return
         self.file.write(json.dumps(record) + "\n")
+        self.judged = "  {bpb:.3f} bits per byte".format(**record)
+        self.say("step {step:>6}  {elapsed:>6.0f} s".format(**record) + f"{self.judged}  {self.pace}")
 
     def say(self, line: str) -> None:
         if not self.quiet:

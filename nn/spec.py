@@ -68,7 +68,7 @@ def signature(name: str, make: Callable) -> str:
 
 
 def parse_value(text: str, kind: Any) -> Any:
-    """Read `text` as the annotated type: bool, int, float, str, Literal, a tuple (joined by +) of these, or None or one of them."""
+    """Read `text` as the annotated type: bool, int, float, str, Literal, a tuple (joined by +) of these, or None."""
     options = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
         if text.lower() == "none" and type(None) in options:

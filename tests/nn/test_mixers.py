@@ -170,6 +170,22 @@ def test_autocast(spec):
     assert (y - exact).norm() / exact.norm() < 0.03
 
 
+@each_mixer
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_steps_under_autocast(spec, kept):
+    """Decoding as eval.py does it: products in bfloat16, the state in either dtype, one row or several."""
+    mixer = make(spec, dtype=torch.float32)
+    for batch in (1, BATCH):
+        x = numbers(batch, TIME, DIM, dtype=torch.float32)
+        whole, state, parts, start = mixer(x, context(TIME, batch=batch)), mixer.init_state(batch, TIME, dtype=kept), [], 0
+        with torch.autocast("cpu", torch.bfloat16):
+            for length in (5, 1, 1, 2):
+                parts.append(mixer(x[:, start : start + length], context(length, start, batch).with_state(state)))
+                start += length
+        assert (torch.cat(parts, dim=1) - whole).norm() / whole.norm() < 0.03
+
+
 def bytes_in(thing: object) -> int:
     """Bytes of the tensors that an object holds, each storage once."""
     storages = {}

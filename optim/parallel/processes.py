@@ -1,0 +1,48 @@
+"""The processes of a run: joining them, leaving them, agreeing among them. With a single process nothing is done."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun set them; (0, 1) without it."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_rank_first(rank: int, world: int) -> Iterator[None]:
+    """What the first process makes (a tokenizer, a cache), the others find made."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def agree(elapsed: float, stop: list[int], world: int) -> tuple[float, int]:
+    """The clock of the slowest process, and the signal that any of them caught (0: none): all must end at one step."""
+    state = torch.tensor([elapsed, stop[0] if stop else 0], dtype=torch.float64)
+    if world > 1:
+        state = state.cuda() if torch.cuda.is_available() else state
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+    return state[0].item(), int(state[1])
+
+
+def summed(value: torch.Tensor, world: int) -> float:
+    """The sum of a scalar over all processes."""
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item()
