@@ -24,6 +24,7 @@ from models.huggingface import export
 from models.machine import autocast, choose_device, choose_dtype, keep_freed_memory, synchronise
 from models.score import bits_per_byte
 from models.weights import load_model, read_config
+from nn.linear import decode_in_half
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         folder = find(Path(args.checkpoint))
         device = choose_device(args.device)
-        steps = args.command in (sample, speed) and device.type == "cpu"  # one row at a time: casting costs more than it saves
-        dtype = choose_dtype("float32" if steps and args.dtype == "auto" else args.dtype, device)
+        rows = args.command in (sample, speed) and device.type == "cpu" and args.dtype == "auto"  # one row at a time
+        dtype = choose_dtype("float32" if rows else args.dtype, device)
         model = load_model(folder).to(device).eval()
         print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}", file=sys.stderr)
+        if rows:
+            decode_in_half(model)
         with autocast(device, dtype):
             return args.command(args, folder, model)
     except ValueError as error:

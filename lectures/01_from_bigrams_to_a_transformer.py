@@ -35,8 +35,8 @@ dtype = choose_dtype("auto", device)
 # %% [markdown]
 # ## The text
 #
-# One token is one byte here, so that nothing stands between us and the text. A 257th token marks the start of a document.
-# (Lecture 02 joins bytes to larger tokens.)
+# One token is one byte here, so that nothing stands between us and the text. A 257th token marks the start of a
+# document. (Lecture 02 joins bytes to larger tokens.)
 #
 # One file in ten is kept back. No model ever learns from it; every model is judged on it.
 
@@ -52,16 +52,17 @@ print(tokenizer.decode(batches[2].inputs[0].tolist()))
 # %% [markdown]
 # ## One number: bits per byte
 #
-# A model gives each next token a probability. If the token that did come had probability p, the model *needs* -log2(p) bits
-# for it: 1 bit at p = 1/2, 10 bits at p = 1/1024. That is how long its code is when an arithmetic coder writes the
+# A model gives each next token a probability. If the token that did come had probability p, the model *needs* -log2(p)
+# bits for it: 1 bit at p = 1/2, 10 bits at p = 1/1024. That is how long its code is when an arithmetic coder writes the
 # text down with the help of the model. To predict is to compress (Shannon 1948).
 #
 #     bits per byte = sum over the text of -log2 p(token | what stands before it)  /  number of bytes
 #
-# The mean of -log p is the **cross-entropy**. Training minimises it in nats (natural logarithm); a nat is 1/ln 2 = 1.44 bits.
+# The mean of -log p is the **cross-entropy**. Training minimises it in nats (natural logarithm); a nat is 1/ln 2 = 1.44
+# bits.
 #
-# A model, for us, is a function: from inputs and targets (B, T) to log p(target | the inputs up to there), in nats, (B, T).
-# All of them see the same windows of 128 bytes, and nothing before a window.
+# A model, for us, is a function: from inputs and targets (B, T) to log p(target | the inputs up to there), in nats, (B,
+# T). All of them see the same windows of 128 bytes, and nothing before a window.
 
 
 # %%
@@ -113,12 +114,13 @@ assert unigram < uniform
 # %% [markdown]
 # ## Step 2: count pairs
 #
-# What comes next depends on what came before. A **bigram** model looks at one byte: after `(` another distribution than after
-# a blank. Count how often b follows a, and divide:
+# What comes next depends on what came before. A **bigram** model looks at one byte: after `(` another distribution than
+# after a blank. Count how often b follows a, and divide:
 #
 #     p(b | a) = (N(ab) + k) / (N(a) + k V)
 #
-# The k is there because a pair that never occurred would have probability 0, and cost infinitely many bits the day it does.
+# The k is there because a pair that never occurred would have probability 0, and cost infinitely many bits the day it
+# does.
 
 # %%
 c2 = np.bincount(text[:-1] * V + text[1:], minlength=V * V).reshape(V, V)  # (V, V): row = before, column = after
@@ -139,11 +141,11 @@ for a in "(.d":
 # %% [markdown]
 # ## Why counting runs out: sparsity
 #
-# So look at two bytes, or three, or six? The number of contexts is multiplied by 257 with each. The text is not. More and
-# more of what comes was never seen before, and a table has nothing to say about what it never saw.
+# So look at two bytes, or three, or six? The number of contexts is multiplied by 257 with each. The text is not. More
+# and more of what comes was never seen before, and a table has nothing to say about what it never saw.
 #
-# `grams[n]` holds the distinct n-grams of the text, each packed into one 64-bit number, and how often each occurs. One more
-# symbol, V, will stand for "before the window"; it never occurs in the text.
+# `grams[n]` holds the distinct n-grams of the text, each packed into one 64-bit number, and how often each occurs. One
+# more symbol, V, will stand for "before the window"; it never occurs in the text.
 
 # %%
 start, BASE, ORDER = time.perf_counter(), V + 1, 7
@@ -180,13 +182,15 @@ assert all(unseen[n] < unseen[n + 1] for n in range(1, ORDER)) and unseen[ORDER]
 # %% [markdown]
 # ## Step 3: count triples, and fall back well
 #
-# The cure is to mix orders. Where the long context was seen, believe it; give away a little of each count, d = 0.75, and
-# spread what was saved as the shorter context says (interpolated Kneser-Ney, Kneser and Ney 1995; Chen and Goodman 1998):
+# The cure is to mix orders. Where the long context was seen, believe it; give away a little of each count, d = 0.75,
+# and spread what was saved as the shorter context says (interpolated Kneser-Ney, Kneser and Ney 1995; Chen and Goodman
+# 1998):
 #
 #     p(c | ab) = max(N(abc) - d, 0) / N(ab)  +  d kinds(ab) / N(ab) * p'(c | b)        kinds(ab): different c seen after ab
 #
-# The shorter p' has a fine point. It is asked only about what was *not* seen after the long context. So it should not count
-# how often c follows b, but after how many *different* a the pair bc occurred: a pair from one fixed phrase says little.
+# The shorter p' has a fine point. It is asked only about what was *not* seen after the long context. So it should not
+# count how often c follows b, but after how many *different* a the pair bc occurred: a pair from one fixed phrase says
+# little.
 
 
 # %%
@@ -230,9 +234,9 @@ assert torch.allclose(total, torch.ones_like(total))
 # %% [markdown]
 # ## Step 4: the bigram again, as a network
 #
-# Counting has no way to *share*: what it learns about `for i in` says nothing about `for j in`. A network can share, because it
-# learns numbers from which tables are computed. First the simplest one, which shares nothing, to see that learning by
-# gradient finds what counting finds.
+# Counting has no way to *share*: what it learns about `for i in` says nothing about `for j in`. A network can share,
+# because it learns numbers from which tables are computed. First the simplest one, which shares nothing, to see that
+# learning by gradient finds what counting finds.
 #
 # One matrix W (V, V). Row a holds the scores of what may follow a; softmax makes them probabilities:
 #
@@ -250,10 +254,12 @@ print(f"largest gradient at the counts: {gradient.abs().max():.1e}")
 assert gradient.abs().max() < 1e-9
 
 # %% [markdown]
-# Now the usual way: begin with zeros, take 4096 bytes, step against the gradient, repeat. Every network below is trained by
-# this one loop on the same 300 batches in the same order. That is 1.2 million bytes; the counts have read all 9 million.
+# Now the usual way: begin with zeros, take 4096 bytes, step against the gradient, repeat. Every network below is
+# trained by this one loop on the same 300 batches in the same order. That is 1.2 million bytes; the counts have read
+# all 9 million.
 #
-# Matrices inside a network are moved by Muon, everything else by AdamW, the learning rate falling to zero, as in train.py.
+# Matrices inside a network are moved by Muon, everything else by AdamW, the learning rate falling to zero, as in
+# train.py.
 
 # %%
 STEPS, ROWS = 300, 32
@@ -300,13 +306,13 @@ assert abs(neural_bigram - bigram) < 0.1
 # %% [markdown]
 # ## Step 5: a window, and meanings for symbols
 #
-# Bengio et al. 2003 ("A Neural Probabilistic Language Model") gave each symbol a short vector, learnt with everything else. The
-# vectors of the last n symbols, side by side, go through a hidden layer to the scores of the next:
+# Bengio et al. 2003 ("A Neural Probabilistic Language Model") gave each symbol a short vector, learnt with everything
+# else. The vectors of the last n symbols, side by side, go through a hidden layer to the scores of the next:
 #
 #     x = [e(t-n+1), …, e(t)]          h = tanh(A x + a)          scores = U h
 #
-# Symbols that behave alike get vectors alike, and what is learnt about one then holds for the other. A table of all contexts of
-# 8 bytes would have 257^8 = 10^19 rows. This has some 200,000 numbers.
+# Symbols that behave alike get vectors alike, and what is learnt about one then holds for the other. A table of all
+# contexts of 8 bytes would have 257^8 = 10^19 rows. This has some 200,000 numbers.
 
 
 # %%
@@ -332,17 +338,17 @@ assert window < neural_bigram
 # %% [markdown]
 # ## Attention, in three equal forms
 #
-# A window is short, and each place in it has its own weights: a `self` three bytes ago and one four bytes ago are learnt apart.
-# Attention takes a weighted *average* of everything before instead. First the plainest average, all weights alike.
-# With vectors x (T, C), one per position, y[t] is the mean of x[0] … x[t]. As a loop:
+# A window is short, and each place in it has its own weights: a `self` three bytes ago and one four bytes ago are
+# learnt apart. Attention takes a weighted *average* of everything before instead. First the plainest average, all
+# weights alike. With vectors x (T, C), one per position, y[t] is the mean of x[0] … x[t]. As a loop:
 
 # %%
 x = torch.randn(6, 4, dtype=torch.float64)  # (T, C)
 loop = torch.stack([x[: t + 1].mean(0) for t in range(len(x))])  # (T, C)
 
 # %% [markdown]
-# The same as one product with a lower-triangular matrix: row t holds the weights that position t gives to all positions.
-# The zeros above the diagonal are what makes it *causal*: nothing from the future.
+# The same as one product with a lower-triangular matrix: row t holds the weights that position t gives to all
+# positions. The zeros above the diagonal are what makes it *causal*: nothing from the future.
 
 # %%
 A = torch.tril(torch.ones(6, 6, dtype=torch.float64))
@@ -351,7 +357,8 @@ print(A.numpy().round(2))
 assert torch.allclose(A @ x, loop)
 
 # %% [markdown]
-# The same again as a softmax of scores: equal scores give equal weights, and a score of minus infinity gives weight zero.
+# The same again as a softmax of scores: equal scores give equal weights, and a score of minus infinity gives weight
+# zero.
 
 # %%
 scores = torch.zeros(6, 6, dtype=torch.float64)
@@ -359,12 +366,13 @@ future = torch.ones(6, 6, dtype=torch.bool).triu(1)
 assert torch.allclose(scores.masked_fill(future, -torch.inf).softmax(1) @ x, loop)
 
 # %% [markdown]
-# Now let the scores depend on the *content*. Position t asks with a query q[t], position s offers a key k[s] and a value v[s]:
+# Now let the scores depend on the *content*. Position t asks with a query q[t], position s offers a key k[s] and a
+# value v[s]:
 #
 #     y[t] = sum over s <= t of  softmax_s( q[t] · k[s] / sqrt(D) )  v[s]                   (Vaswani et al. 2017, equation 1)
 #
-# Queries, keys and values are linear maps of x. Why sqrt(D): the product of two random vectors of D numbers has standard
-# deviation sqrt(D), and without the division the softmax would take one position and leave all others.
+# Queries, keys and values are linear maps of x. Why sqrt(D): the product of two random vectors of D numbers has
+# standard deviation sqrt(D), and without the division the softmax would take one position and leave all others.
 #
 # This is what `nn/attention` computes, for many heads at once:
 
@@ -392,9 +400,9 @@ attention = climb_network("one attention layer", network("gqa:qk_norm=true"))
 assert window < attention < neural_bigram
 
 # %% [markdown]
-# Better than the bigram, which it contains. But behind the window network: attention alone only mixes vectors, it computes
-# nothing *from* the mixture. So a feed-forward layer follows, the same small network at every position. The pair is one
-# transformer layer, and it passes the window.
+# Better than the bigram, which it contains. But behind the window network: attention alone only mixes vectors, it
+# computes nothing *from* the mixture. So a feed-forward layer follows, the same small network at every position. The
+# pair is one transformer layer, and it passes the window.
 
 # %%
 layer = climb_network("one transformer layer", network("gqa:qk_norm=true mlp:activation=relu2"))
@@ -419,8 +427,8 @@ assert math.isclose(check, transformer, rel_tol=5e-3)
 # %% [markdown]
 # ## What counting still does better
 #
-# It would be easy to stop here and call counting beaten. It is not, yet. Longer counts, well mixed and made of all 9 million
-# bytes, are ahead of a network that has read 1.2 million:
+# It would be easy to stop here and call counting beaten. It is not, yet. Longer counts, well mixed and made of all 9
+# million bytes, are ahead of a network that has read 1.2 million:
 
 # %%
 fivegram = climb("fivegram counts, Kneser-Ney", kneser_ney(5), kept(5), counting)
@@ -428,10 +436,10 @@ sevengram = climb("sevengram counts, Kneser-Ney", kneser_ney(7), kept(7), counti
 assert sevengram < fivegram < transformer
 
 # %% [markdown]
-# Part of the reason is this text: its files share licences, idioms and whole phrases. But see where the two go from here. The
-# counts gain less with every byte of context, and keep more numbers for it: from 5 to 7 bytes a fraction of what 3 to 5
-# brought, for several times the table. The network has only begun. More steps, more layers, longer windows: `python train.py`
-# is this lecture's last step with minutes instead of seconds, larger tokens and a larger stack.
+# Part of the reason is this text: its files share licences, idioms and whole phrases. But see where the two go from
+# here. The counts gain less with every byte of context, and keep more numbers for it: from 5 to 7 bytes a fraction of
+# what 3 to 5 brought, for several times the table. The network has only begun. More steps, more layers, longer windows:
+# `python train.py` is this lecture's last step with minutes instead of seconds, larger tokens and a larger stack.
 
 # %%
 assert fivegram - sevengram < 0.5 * (trigram - fivegram)
@@ -474,5 +482,6 @@ spoken = [b.item() for b in generate(model, prompt, new_tokens=300, sampler=Samp
 print("--- transformer:\ndef " + tokenizer.decode([b for b in spoken if b != tokenizer.eot]))
 
 # %% [markdown]
-# The bigram has the letters right. The transformer has words, indentation and the shape of a line of Python, and little sense.
-# Nobody told it any of this: behind each letter stands one distribution over 257 symbols, computed from what came before.
+# The bigram has the letters right. The transformer has words, indentation and the shape of a line of Python, and little
+# sense. Nobody told it any of this: behind each letter stands one distribution over 257 symbols, computed from what
+# came before.

@@ -26,6 +26,7 @@ class Config:
     model: str = flag("model", "small", f"a preset, which sets all of this section: {', '.join(PRESETS)}")
     mixer: str = flag("model", "", "mixers, cycling over the depth: gqa or gqa:kv_heads=2,none")
     ffn: str = flag("model", "", "feed-forward layers, cycling over the depth: swiglu")
+    stem: str = flag("model", "", "sublayers before the layers: ngram")
     stack: str = flag("model", "", 'every sublayer spelled out instead: "(gqa swiglu)*3 gqa mlp"')
     depth: int = flag("model", 0, "layers, each a mixer and an ffn")
     dim: int = flag("model", 0, "width of the residual stream")

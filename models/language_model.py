@@ -10,6 +10,7 @@ from models.config import Config
 from models.stack import Residual, layers, parse_stack
 from nn.context import Context
 from nn.init import INITS
+from nn.linear import Linear
 from nn.norm import NORMS
 from nn.objective import next_token_loss
 from nn.position import POSITIONS
@@ -38,13 +39,14 @@ class LanguageModel(nn.Module):
         dim, vocab_size = config.dim, config.vocab_size
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = build(config.position, POSITIONS, "position", dim=dim, seq_len=config.seq_len)
-        specs = parse_stack(config.stack) if config.stack else layers(config.mixer, config.ffn, config.depth)
+        specs = parse_stack(config.stack or config.stem)
+        specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
         self.stack = nn.ModuleList(
             Residual(spec, dim, norm=config.norm, norm_place=config.norm_place, **offered) for spec in specs
         )
         self.final_norm = build(config.norm, NORMS, "norm", dim) if config.norm_place == "pre" else nn.Identity()
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = Linear(dim, vocab_size, bias=False)
         if config.tie:
             self.head.weight = self.embedding.weight
 
@@ -65,7 +67,8 @@ class LanguageModel(nn.Module):
         context = self.context(tokens, documents, state)
         x = self.position.embed(self.embedding(tokens), context)  # (B, T, C)
         for i, sublayer in enumerate(self.stack):
-            x = sublayer(x, context if state is None else context.with_state(state.sublayers[i]))
+            context.state = state.sublayers[i] if state is not None else None
+            x = sublayer(x, context)
         if state is not None:
             state.length += tokens.shape[1]
         x = self.final_norm(x[:, -1:] if last else x)

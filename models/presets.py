@@ -25,7 +25,8 @@ STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
     "small": dict(
-        mixer="gqa:qk_norm=true", ffn="mlp:activation=relu2", norm="rmsnorm:gain=false", position="rope",
+        stem="ngram", mixer="gqa:qk_norm=true,gqa:qk_norm=true:value_embedding=true", ffn="mlp:activation=relu2",
+        norm="rmsnorm:gain=false", position="rope",
         depth=4, dim=256, heads=4, vocab_size=4096, seq_len=256, tie=False, init="fan_in", softcap=0.0,
     ),
     "gpt2": _gpt2(12, 12, 768),

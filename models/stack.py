@@ -1,6 +1,7 @@
 """A model as a stack of residual sublayers, spelled in words.
 
-`--mixer mamba2,mamba2,gqa --ffn swiglu` names a mixer and an ffn a layer, the lists cycling over the depth;
+`--mixer mamba2,mamba2,gqa --ffn swiglu` names a mixer and an ffn a layer, the lists cycling over the depth, and
+`--stem ngram` what stands before the layers;
 `--stack "(mamba2 mlp)*3 gqa moe:experts=8"` spells every sublayer out. `none` leaves a sublayer away.
 """
 

@@ -1,7 +1,7 @@
 """What varies from call to call, in one small object that travels beside the activations."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ class Context:
     positions: (T,) or (B, T) int64, the index of each token in its sequence or, when packed, in its document.
     documents: (B, T) integers or None; with them, a token sees only tokens of its own document.
     causal: whether a token sees only itself and what stands before it.
-    state: the decoding state of the sublayer that is being called, or None (training, scoring).
+    state: the decoding state of the sublayer that is being called, which the model sets anew for each; None in training.
     shared: what one layer works out and all others may use in the same call (rotation tables, masks), by name.
     """
 
@@ -25,10 +25,6 @@ class Context:
     causal: bool = True
     state: Any = None
     shared: dict[Any, Any] = field(default_factory=dict)
-
-    def with_state(self, state: Any) -> "Context":
-        """The same call, seen by the sublayer that owns `state`."""
-        return replace(self, state=state)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """The value that `make` gives, worked out once a call however many layers ask for it."""

@@ -31,6 +31,7 @@ from models.huggingface import export
 from models.log import read
 from models.machine import autocast, choose_dtype, keep_freed_memory, matmul_peak
 from models.score import bits_per_byte
+from nn.linear import decode_in_half
 
 CPU = torch.device("cpu")
 SHAPE = dict(model="gpt2", depth=4, heads=4, dim=256, vocab_size=4096, seq_len=256, batch_size=16)
@@ -175,10 +176,14 @@ def decoding() -> None:
             seconds.append(time.perf_counter() - start)
         return new / statistics.median(seconds)
 
-    slow = speed(theirs)  # as it comes, before
+    rates = {"transformers": speed(theirs)}  # as it comes, before our habits of memory
     keep_freed_memory()
-    fast = speed(ours)
-    print(f"\ndecoding, gpt2 shape, batch 1: transformers {slow:,.0f} tokens/s, ours {fast:,.0f}: {fast / slow:.1f}x")
+    rates["ours"] = speed(ours)
+    decode_in_half(model)
+    rates["ours, as eval.py does, weights read in half precision"] = speed(ours)
+    print("\ndecoding, gpt2 shape, batch 1")
+    for name, rate in rates.items():
+        print(f"  {name:56}{rate:>8,.0f} tokens/s {rate / rates['transformers']:5.2f}x")
 
 
 def text() -> None:

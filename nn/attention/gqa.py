@@ -6,7 +6,7 @@ from nn.attention.cache import KVCache
 from nn.attention.softmax import attend, visible
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import cast_once, output_projection
+from nn.linear import Linear, cast_once, output_projection
 from nn.position.none import NoPosition
 
 # B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
@@ -48,9 +48,9 @@ class GQA(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or dim // heads
         self.qk_norm = qk_norm
         self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
-        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
-        self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
-        self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.query = Linear(dim, heads * self.head_dim, bias=bias)
+        self.key = Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.value = Linear(dim, kv_heads * self.head_dim, bias=bias)
         self.value_table = None
         if value_embedding:
             if vocab_size is None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import output_projection
+from nn.linear import Linear, output_projection
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -35,7 +35,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         at_least(1, width=width)
-        self.up = nn.Linear(dim, width or 4 * dim, bias=bias)
+        self.up = Linear(dim, width or 4 * dim, bias=bias)
         self.activation_name = activation
         self.down = output_projection(width or 4 * dim, dim, bias=bias)
 

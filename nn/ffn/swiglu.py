@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import cast_once, output_projection
+from nn.linear import Linear, cast_once, output_projection
 
 
 class SwiGLU(nn.Module):
@@ -18,8 +18,8 @@ class SwiGLU(nn.Module):
         super().__init__()
         at_least(1, width=width)
         width = width or -(-8 * dim // (3 * 64)) * 64
-        self.gate = nn.Linear(dim, width, bias=bias)
-        self.up = nn.Linear(dim, width, bias=bias)
+        self.gate = Linear(dim, width, bias=bias)
+        self.up = Linear(dim, width, bias=bias)
         self.down = output_projection(width, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -67,10 +67,9 @@ def test_stop():
 def test_stop_waits_for_every_row():
     made, prompt = model(), prompts(3, 5)
     whole = text(made, prompt, Sampler(temperature=5.0), new_tokens=100)
-    firsts = torch.stack(
-        [(whole == stop).int().argmax(1) for stop in range(VOCAB) if (whole == stop).any(1).all()]
-    )  # (stops, 3)
-    for stop, ends in zip((s for s in range(VOCAB) if (whole == s).any(1).all()), firsts.amax(1).tolist(), strict=True):
+    stops = [token for token in range(VOCAB) if (whole == token).any(1).all()]
+    firsts = torch.stack([(whole == stop).int().argmax(1) for stop in stops])  # (stops, rows)
+    for stop, ends in zip(stops, firsts.amax(1).tolist(), strict=True):
         found = text(made, prompt, Sampler(temperature=5.0), new_tokens=100, stop=stop)
         assert torch.equal(found, whole[:, : ends + 1])
     assert (firsts.amin(1) < firsts.amax(1)).any()  # some rows wait for others

@@ -105,7 +105,7 @@ def test_prefill_and_steps_equal_the_whole(spec, position, dtype, batch):
     for lengths in ([TIME], [1] * TIME, [4, 1, 1, 3], [1, 7, 1], [3, 0, 6]):
         state, parts, start = mixer.init_state(batch, TIME + 2, dtype=dtype), [], 0
         for length in lengths:
-            parts.append(mixer(x[:, start : start + length], context(length, start, batch).with_state(state)))
+            parts.append(mixer(x[:, start : start + length], replace(context(length, start, batch), state=state)))
             start += length
         assert all(part.dtype == dtype for part in parts)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, **tolerance(dtype))
@@ -181,7 +181,7 @@ def test_steps_under_autocast(spec, kept):
         whole, state, parts, start = mixer(x, context(TIME, batch=batch)), mixer.init_state(batch, TIME, dtype=kept), [], 0
         with torch.autocast("cpu", torch.bfloat16):
             for length in (5, 1, 1, 2):
-                parts.append(mixer(x[:, start : start + length], context(length, start, batch).with_state(state)))
+                parts.append(mixer(x[:, start : start + length], replace(context(length, start, batch), state=state)))
                 start += length
         assert (torch.cat(parts, dim=1) - whole).norm() / whole.norm() < 0.03
 
@@ -222,7 +222,7 @@ def test_a_state_that_is_full_says_so(spec):
         return
     state = mixer.init_state(BATCH, TIME - 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="^max_len: .*8 tokens, not for 9$"):
-        mixer(x, context(TIME).with_state(state))
+        mixer(x, replace(context(TIME), state=state))
 
 
 @each_mixer
