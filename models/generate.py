@@ -51,9 +51,12 @@ class Sampler:
         return p / p.sum(-1, keepdim=True)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """(B, V) logits -> (B,) int64 tokens, on the device of the logits."""
+        """(B, V) logits -> (B,) int64 tokens, on the device of the logits. ValueError if a row's largest is not finite."""
+        highest, likeliest = logits.max(-1)
+        if not highest.isfinite().all():
+            raise ValueError("logits: not finite; in half precision that is an overflow, which --dtype float32 avoids")
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest
         return torch.multinomial(self.probabilities(logits), 1, generator=self.generator)[:, 0].to(logits.device)
 
 

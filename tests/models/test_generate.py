@@ -187,3 +187,12 @@ def test_half_precision_logits():
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}: "):
         Sampler(**options)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(temperature, bad):
+    logits = torch.tensor([[0.0, 1.0], [bad, 1.0]])
+    with pytest.raises(ValueError, match="logits: not finite"):
+        Sampler(temperature=temperature)(logits)
+    assert Sampler(temperature=temperature)(torch.tensor([[-math.inf, 1.0]])).item() == 1

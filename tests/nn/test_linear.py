@@ -1,4 +1,4 @@
-"""What layers share: inputs are cast once where autocast would cast them often, and residual outputs are marked."""
+"""The linear layer is PyTorch's, also when it decodes in half precision; inputs are cast once; residual outputs are marked."""
 
 import torch
 from torch import nn

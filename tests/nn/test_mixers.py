@@ -290,7 +290,7 @@ def test_heads_that_do_not_divide(spec, message):
 def model(spec: str, position: str, **given) -> LanguageModel:
     torch.manual_seed(0)
     fields = dict(
-        vocab_size=VOCAB, dim=DIM, heads=HEADS, depth=2, seq_len=24, mixer=spec, ffn="mlp:width=16", position=position
+        vocab_size=VOCAB, dim=DIM, heads=HEADS, depth=2, seq_len=24, stem="", mixer=spec, ffn="mlp:width=16", position=position
     )
     made = LanguageModel(Config.of(**fields | given)).double()
     for parameter in made.parameters():

@@ -1,0 +1,61 @@
+"""Every lecture runs from its first line to its last, and asserts what it claims on the way; its form is the house's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LECTURES = sorted((ROOT / "lectures").glob("[0-9][0-9]_*.py"))
+# Threads that wait for each other sleep instead of spinning: on a busy machine a lecture is four times as fast, else as fast.
+ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
+each = pytest.mark.parametrize("lecture", LECTURES, ids=lambda path: path.stem)
+
+
+def run(*words: str) -> str:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@each
+def test_a_lecture_runs_and_leaves_a_figure(lecture):
+    figure = ROOT / "lectures" / "figures" / f"{lecture.stem}.png"
+    figure.unlink(missing_ok=True)
+    assert len(run(f"lectures/{lecture.name}").splitlines()) > 20  # its tables
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@each
+def test_a_lecture_is_text_code_and_assertions(lecture):
+    text = lecture.read_text(encoding="utf-8")
+    assert text.startswith("# %% [markdown]\n# # ")
+    cells = re.split(r"^# %%", text, flags=re.MULTILINE)[1:]
+    for cell in cells:
+        kind, _, body = cell.partition("\n")
+        assert kind in ("", " [markdown]")
+        if kind:
+            assert all(line.startswith("#") for line in body.strip().splitlines()), body  # prose is comments alone
+    prose = [cell for cell in cells if cell.startswith(" [markdown]")]
+    assert len(prose) > len(cells) / 3
+    assert text.count("\nassert ") + text.count(" assert ") > 10
+
+
+def test_lectures_are_numbered_from_one():
+    assert [int(path.name[:2]) for path in LECTURES] == list(range(1, len(LECTURES) + 1))
+
+
+def test_the_list_shows_each_title_and_the_papers_it_covers():
+    shown = run("-m", "lectures")
+    for lecture in LECTURES:
+        title = lecture.read_text(encoding="utf-8").splitlines()[1].removeprefix("# # ")
+        assert f"lectures/{lecture.name}\n    {title}\n" in shown
+    rows = [line.split("\t") for line in (ROOT / "lectures/papers.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    covered = [(row[1], row[4]) for row in rows if row[4]]
+    assert covered
+    for title, lectures in covered:
+        assert shown.count(f"- {title} (") == len(lectures.split("; "))
+    assert f"{len(rows)} papers in the index" in shown
