@@ -402,11 +402,11 @@ assert window < attention < neural_bigram
 # %% [markdown]
 # Better than the bigram, which it contains. But behind the window network: attention alone only mixes vectors, it
 # computes nothing *from* the mixture. So a feed-forward layer follows, the same small network at every position. The
-# pair is one transformer layer, and it passes the window.
+# pair is one transformer layer. It makes up what attention lacked, and is about level with the window.
 
 # %%
 layer = climb_network("one transformer layer", network("gqa:qk_norm=true mlp:activation=relu2"))
-assert layer < min(attention, window)
+assert layer < attention and abs(layer - window) < 0.2
 
 # %% [markdown]
 # ## Step 7: a transformer
@@ -416,7 +416,7 @@ assert layer < min(attention, window)
 # %%
 model = network("(gqa:qk_norm=true mlp:activation=relu2)*3")
 transformer = climb_network("transformer, three layers", model)
-assert transformer < layer
+assert transformer < min(layer, window)
 assert transformer < trigram
 
 # The project's own measure gives the same number, to the rounding of its matrix products:

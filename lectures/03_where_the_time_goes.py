@@ -36,6 +36,7 @@ keep_freed_memory()
 torch.manual_seed(0)
 device, FP32 = torch.device("cpu"), torch.float32
 fast = choose_dtype("auto", device)  # bfloat16 where this machine multiplies it faster
+dtypes = list(dict.fromkeys([FP32, fast]))
 
 config = Config.of()  # what train.py does without a flag
 texts = lambda: (document.text for document in training_documents(config.data))  # noqa: E731
@@ -157,7 +158,7 @@ def kept(rows: int, dtype: torch.dtype) -> int:
 
 one = activation_bytes(config, T, FP32)
 assert kept(1, FP32) == one
-rows = {dtype: [kept(n, dtype) for n in (1, 4)] for dtype in {FP32, fast}}
+rows = {dtype: [kept(n, dtype) for n in (1, 4)] for dtype in dtypes}
 per_row = {dtype: (four - first) / 3 for dtype, (first, four) in rows.items()}  # what each further row adds
 print(f"{'weights':34} {4 * N / 1e6:8.1f} MB")
 print(f"{'gradients':34} {4 * N / 1e6:8.1f} MB")
@@ -187,7 +188,7 @@ def seconds(work, least: float = 0.05) -> float:
     return best
 
 
-peak = {dtype: matmul_peak(device, dtype, 0.3) for dtype in {FP32, fast}}
+peak = {dtype: matmul_peak(device, dtype, 0.3) for dtype in dtypes}
 source = torch.zeros(2**26)  # 256 MB: more than the caches hold
 target = source.clone()
 bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), 0.3)  # read and written
@@ -218,7 +219,7 @@ def measure(name: str, flops: float, bytes_moved: float, work) -> float:
 
 tall, vector = torch.randn(8192, 4096), torch.randn(4096)  # 134 MB of weights
 measure("matrix x vector", 2 * tall.numel(), tall.nbytes, lambda: tall @ vector)
-measure("a + b", source.numel(), 3 * source.nbytes, lambda: torch.add(source, source, out=source))
+measure("a + b", source.numel(), 3 * source.nbytes, lambda: torch.add(source, target, out=target))
 for size in (32, 64, 128, 256, 512, 1024):
     a = torch.randn(size, size, dtype=fast)
     measure(f"square {size}", 2 * size**3, 3 * a.nbytes, lambda a=a: a @ a)
@@ -400,9 +401,14 @@ if sys.platform == "linux":
     for name, (step, inside, faults) in (("memory returned", returned), ("memory kept", kept_memory)):
         print(f"{name:16} {1000 * step:7.0f} ms a step, {1000 * inside:5.0f} ms inside the system, {faults:7,.0f} page faults")
     assert returned[2] > 5 * kept_memory[2]
-    assert returned[1] > kept_memory[1]
+    print(f"the default allocator makes a step {returned[0] / kept_memory[0]:.2f} times as long")
 else:
     print("the C library of this system has no such setting")
+
+# %% [markdown]
+# The faults are asserted, the time is not: what a fault costs, and how many there are, differs. The C library always
+# returns arrays above 32 MB. All logits of a batch would be such an array, and our loss never makes them; so what is
+# left to save may be small. The times above say what it was here.
 
 # %% [markdown]
 # ## What to take home
@@ -427,6 +433,7 @@ intensities = [2**e for e in range(-4, 12)]
 right.loglog(intensities, [min(peak[fast], i * bandwidth) / 1e9 for i in intensities], color="0.5")
 for name, (intensity, rate) in points.items():
     right.plot(intensity, rate / 1e9, "o", color="C1" if name in shapes else "C0")
-    right.annotate(name, (intensity, rate / 1e9), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    if name not in shapes:
+        right.annotate(name, (intensity, rate / 1e9), fontsize=8, xytext=(5, -10), textcoords="offset points")
 right.set(xlabel="FLOPs a byte", ylabel="GFLOP/s", title="Roofline of this machine (orange: our model's products)")
 save_figure(figure, "03_where_the_time_goes")

@@ -85,11 +85,14 @@ def block_softmax(q, k, causal: bool, same_document: Tensor | None, start: int, 
     """(E, G (end - start), seen): the attention probabilities of queries start … end over the first `seen` keys."""
     rows = grouped(q, k.shape[1], start, end)
     keys = heads_as_batch(k)[:, :seen]
-    scores = torch.baddbmm(rows.new_empty(1), rows, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-    each = scores.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], end - start, seen)  # (B, K, G, T, S)
+    scale, groups = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
     if causal and end - start > 1:
-        each += torch.full((end - start, seen), -torch.inf, dtype=q.dtype, device=q.device).triu(seen - (end - start) + 1)
+        unseen = torch.full((end - start, seen), -torch.inf, dtype=q.dtype, device=q.device).triu(seen - (end - start) + 1)
+        scores = torch.baddbmm(unseen.repeat(groups, 1).expand(len(rows), -1, -1), rows, keys.mT, alpha=scale)
+    else:
+        scores = torch.baddbmm(rows.new_empty(1), rows, keys.mT, beta=0, alpha=scale)
     if same_document is not None:
+        each = scores.view(q.shape[0], k.shape[1], groups, end - start, seen)  # (B, K, G, T, S)
         each.masked_fill_(~same_document[:, None, None, start:end, :seen], -torch.inf)
     return scores.softmax(-1)
 

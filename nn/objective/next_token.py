@@ -38,9 +38,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             xs, ts = x[rows], targets[rows]
             loss, p, capped = slice_loss(xs, matrix, ts, softcap)
             losses.append(loss)
-            counts = (ts != IGNORED)[:, None].to(p.dtype)  # d loss / d logits = softmax - onehot, or 0
-            d = torch.mul(p, counts, out=torch.empty_like(p, dtype=x.dtype))
-            d.scatter_add_(1, ts.clamp_min(0)[:, None], -counts.to(x.dtype))
+            at = ts.clamp_min(0)[:, None]
+            d = p.to(x.dtype)  # d loss / d logits = softmax - onehot, or 0 where the target is ignored
+            d.scatter_(1, at, (p.gather(1, at) - 1).to(x.dtype))
+            d.masked_fill_((ts == IGNORED)[:, None], 0)
             if softcap:
                 d *= 1 - capped.square()
             torch.mm(d, matrix, out=dx[rows])
@@ -62,10 +63,10 @@ def slices(x: Tensor, head: Tensor) -> list[slice]:
 def slice_loss(x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """(n,) losses, and what the gradient needs: the softmax (n, V), and tanh of the soft cap. Float32 or wider."""
     logits = x @ head.mT  # (n, V)
-    logits = logits.to(torch.promote_types(x.dtype, torch.float32))
-    capped = torch.tanh(logits / softcap) if softcap else None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    capped = torch.tanh(logits.to(wide) / softcap) if softcap else None
     logits = capped * softcap if softcap else logits
-    p = logits.softmax(-1)
-    log_sum_exp = logits.amax(-1) - p.amax(-1).log()  # the likeliest token's p is at least 1/V: its log is safe
-    picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    p = logits.to(wide).softmax(-1)
+    log_sum_exp = logits.amax(-1).to(wide) - p.amax(-1).log()  # the likeliest token's p is at least 1/V: its log is safe
+    picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0].to(wide)
     return torch.where(targets == IGNORED, 0, log_sum_exp - picked), p, capped
