@@ -21,7 +21,7 @@ from models.checkpoint import find
 from models.config import Parser
 from models.generate import Sampler, generate
 from models.huggingface import export
-from models.machine import autocast, choose_device, choose_dtype, keep_freed_memory, synchronise
+from models.machine import autocast, choose_device, choose_dtype, synchronise, tune_cpu
 from models.score import bits_per_byte
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
@@ -30,7 +30,7 @@ from nn.linear import decode_in_half
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        keep_freed_memory()
+        tune_cpu()
         folder = find(Path(args.checkpoint))
         device = choose_device(args.device)
         rows = args.command in (sample, speed) and device.type == "cpu" and args.dtype == "auto"  # one row at a time

@@ -24,7 +24,7 @@ from models.config import Parser, add_flags
 from models.describe import forward_flops
 from models.generate import Sampler, generate
 from models.log import Log, draw_curve
-from models.machine import autocast, choose_device, choose_dtype, keep_freed_memory, matmul_peak
+from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
 from models.score import bits_per_byte
 from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config: Config, resumed: Path | None) -> int:
-    keep_freed_memory()
+    tune_cpu()
     rank, world = join_processes()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -131,8 +131,8 @@ def train(config: Config, resumed: Path | None) -> int:
             tensors, tree = flatten_state(optimizer.state_dict())
             write_tensors(folder / "optimizer.safetensors", tensors)
             write_tensors(folder / "generators.safetensors", generators())
-            write_json(folder / "progress.json", dict(
-                step=step, elapsed=elapsed, loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree))  # fmt: skip
+            states = dict(loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree)
+            write_json(folder / "progress.json", dict(step=step, elapsed=elapsed, **states))
 
         return save(run, step, write, keep=config.keep) if rank == 0 else run
 

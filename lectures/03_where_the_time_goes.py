@@ -28,11 +28,11 @@ import train
 from data import Loader, load, load_tokenizer, training_documents, windows
 from models import Config, LanguageModel, build_model
 from models.describe import activation_bytes, forward_flops, parameters
-from models.machine import autocast, choose_dtype, keep_freed_memory, matmul_peak
+from models.machine import autocast, choose_dtype, matmul_peak, tune_cpu
 from models.score import bits_per_byte
 from optim import flatten_state
 
-keep_freed_memory()
+tune_cpu()
 torch.manual_seed(0)
 device, FP32 = torch.device("cpu"), torch.float32
 fast = choose_dtype("auto", device)  # bfloat16 where this machine multiplies it faster
@@ -361,7 +361,7 @@ assert token < 0.9 * now["step"] / (B * T)
 #
 # A step makes arrays of many megabytes and drops them, thousands of times. The C library gives each of them back to the
 # system, and asks for new pages the next time; the system fills every page with zeros when it is first touched (a *page
-# fault*). `keep_freed_memory` tells it to keep what was freed. The same steps in two fresh processes, with and without:
+# fault*). `tune_cpu` tells it to keep what was freed. The same steps in two fresh processes, with and without:
 
 # %%
 STEPS_CODE = """
@@ -370,9 +370,9 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import train
 from models import Config, build_model
-from models.machine import autocast, keep_freed_memory
+from models.machine import autocast, tune_cpu
 if sys.argv[2] == "kept":
-    keep_freed_memory()
+    tune_cpu()
 config = Config.of()
 model = build_model(config)
 optimizer = train.build_optimizer(config, model)

@@ -46,10 +46,10 @@ class Config:
     batch_size: int = flag("training", 16, "sequences a step, over all processes")
     accumulate: int = flag("training", 1, "split each step's batch into this many parts, one after the other")
     optimizer: str = flag("training", "muon:lr=0.02", "what moves the hidden matrices: muon, adamw")
-    rest_optimizer: str = flag("training", "adamw:lr=0.004:betas=0.8+0.95:weight_decay=0",
+    rest_optimizer: str = flag("training", "adamw:lr=0.004:betas=0.8+0.95:eps=1e-10:weight_decay=0",
                                "what moves head, embeddings and vectors")
     embedding_lr: float = flag("training", 0.02, "learning rate of the embeddings")
-    schedule: str = flag("training", "linear", "learning rate over the run: cosine, linear, wsd, rsqrt")
+    schedule: str = flag("training", "wsd:warmup=0:decay=0.5", "learning rate over the run: cosine, linear, wsd, rsqrt")
     clip: float = flag("training", 0.0, "largest norm of the gradient (0: no limit)")
     packed: bool = flag("training", False, "tokens attend only within their own document")
     seed: int = flag("training", 0, "of weights and batches")

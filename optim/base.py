@@ -24,7 +24,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """A torch.optim.Optimizer given by its methods `check`, `init_state` and `update`.
+    """A torch.optim.Optimizer given by three methods of a subclass.
+
+    check(group): ValueError naming the first hyperparameter that is out of range (extends the one here).
+    init_state(param): the state before the first step, tensors in `wide(param.dtype)`, ints and floats.
+    update(group, params, grads, states): one step in place on one bucket of wide parameters with their wide gradients
+    (never written to) and states.
 
     Every group also gets `base_lr`, its learning rate at construction, so that a schedule can set
     `group["lr"] = group["base_lr"] * multiplier` before each step. Parameters whose gradient is None are left alone.
@@ -40,19 +45,11 @@ class Optimizer(torch.optim.Optimizer):
         """Raise a ValueError naming the first hyperparameter of `group` that is out of range."""
         require(0 <= group["lr"] < math.inf, "lr", group["lr"], "a finite number of at least 0")
 
-    def init_state(self, param: Tensor) -> dict:
-        """The state of a parameter before its first step: tensors in `wide(param.dtype)`, ints and floats."""
-        raise NotImplementedError
-
     def bucket(self, param: Tensor) -> tuple:
         """A key: parameters of equal keys and dtypes are updated by one call. On a CPU each alone: its cache serves all
         passes over a parameter after the first, 1.8 times as fast. Elsewhere all of a device: few launches.
         """
         return (id(param),) if param.device.type == "cpu" else (param.device,)
-
-    def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
-        """One step in place on one bucket: wide parameters and their wide gradients (never written to) and states."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with their own hyperparameters. ValueError for one out of range or an unfit parameter."""

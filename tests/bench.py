@@ -29,7 +29,7 @@ from models.describe import forward_flops
 from models.generate import Sampler, generate
 from models.huggingface import export
 from models.log import read
-from models.machine import autocast, choose_dtype, keep_freed_memory, matmul_peak
+from models.machine import autocast, choose_dtype, matmul_peak, tune_cpu
 from models.score import bits_per_byte
 from nn.linear import decode_in_half
 
@@ -98,12 +98,12 @@ def training() -> None:
     for name, precision in (("plain PyTorch, float32", torch.float32), ("plain PyTorch, autocast", dtype)):
         model = plain_gpt()
         rows.append((name, speed(model, plain_optimizer(model), precision)))
-    keep_freed_memory()
+    tune_cpu()
     model = build_model(config)
     rows.append((f"ours, {str(dtype)[6:]}", speed(model, train.build_optimizer(config, model), dtype)))
     peak = matmul_peak(CPU, dtype, seconds=0.5)
-    plain_peak = matmul_peak(CPU, torch.float32)
-    print(f"\ntraining, gpt2 shape; matmul peak {plain_peak / 1e9:,.0f} GFLOP/s in float32, {peak / 1e9:,.0f} in {str(dtype)[6:]}")
+    peaks = f"{matmul_peak(CPU, torch.float32) / 1e9:,.0f} GFLOP/s in float32, {peak / 1e9:,.0f} in {str(dtype)[6:]}"
+    print(f"\ntraining, gpt2 shape; matmul peak {peaks}")
     for name, value in rows:
         share = value / (16 * 256) * flops / peak
         print(f"  {name:28}{value:>9,.0f} tokens/s {value / rows[0][1]:6.2f}x {share:6.0%} of the peak")
@@ -177,7 +177,7 @@ def decoding() -> None:
         return new / statistics.median(seconds)
 
     rates = {"transformers": speed(theirs)}  # as it comes, before our habits of memory
-    keep_freed_memory()
+    tune_cpu()
     rates["ours"] = speed(ours)
     decode_in_half(model)
     rates["ours, as eval.py does, weights read in half precision"] = speed(ours)

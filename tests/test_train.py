@@ -18,7 +18,8 @@ from models.checkpoint import checkpoints, read_tensors, verify
 from models.log import read as read_log
 
 ROOT = Path(__file__).parent.parent
-TINY = "--tokenizer byte --dim 32 --depth 2 --heads 2 --seq-len 32 --batch-size 4 --eval-every 0 --sample 8 --dtype float32".split()
+TINY = "--tokenizer byte --dim 32 --depth 2 --heads 2 --seq-len 32 --batch-size 4 --eval-every 0 --sample 8".split()
+TINY += ["--dtype", "float32"]
 
 
 @pytest.fixture(autouse=True)
@@ -203,8 +204,13 @@ def test_a_damaged_checkpoint_is_named_and_a_run_is_never_overwritten(tmp_path, 
     assert train.main(flags) == 0
     assert train.main(flags) == 2 and "holds a run already" in capsys.readouterr().err
     (saved,) = checkpoints(folder)
-    for name, damage in (("optimizer.safetensors", lambda b: b[:-100]), ("model.safetensors", lambda b: b[:900] + b"?" + b[901:]),
-                         ("progress.json", lambda b: b.replace(b'"step": 4', b'"step": 3')), ("config.json", lambda b: b"")):  # fmt: skip
+    damages = {
+        "optimizer.safetensors": lambda whole: whole[:-100],
+        "model.safetensors": lambda whole: whole[:900] + b"?" + whole[901:],
+        "progress.json": lambda whole: whole.replace(b'"step": 4', b'"step": 3'),
+        "config.json": lambda whole: b"",
+    }
+    for name, damage in damages.items():
         good = (saved / name).read_bytes()
         (saved / name).write_bytes(damage(good))
         assert train.main(["--resume", str(folder)]) == 2

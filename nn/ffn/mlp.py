@@ -10,7 +10,6 @@ from nn.context import Context
 from nn.linear import Linear, output_projection
 
 
-
 class SquaredReLU(torch.autograd.Function):
     """relu(x)^2, of which autograd would make twice the passes over memory."""
 

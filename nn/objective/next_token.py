@@ -38,9 +38,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             xs, ts = x[rows], targets[rows]
             loss, p, capped = slice_loss(xs, matrix, ts, softcap)
             losses.append(loss)
-            at = ts.clamp_min(0)[:, None]
+            at = torch.arange(len(ts), device=ts.device), ts.clamp_min(0)
             d = p.to(x.dtype)  # d loss / d logits = softmax - onehot, or 0 where the target is ignored
-            d.scatter_(1, at, (p.gather(1, at) - 1).to(x.dtype))
+            d[at] = (p[at] - 1).to(x.dtype)  # indexing, because scatter would copy all of d
             d.masked_fill_((ts == IGNORED)[:, None], 0)
             if softcap:
                 d *= 1 - capped.square()
