@@ -27,7 +27,7 @@ PRESETS: dict[str, dict] = {
     "small": dict(
         stem="ngram", mixer="gqa:qk_norm=true,gqa:qk_norm=true:value_embedding=true", ffn="mlp:activation=relu2",
         norm="rmsnorm:gain=false", position="rope",
-        depth=4, dim=256, heads=4, vocab_size=4096, seq_len=256, tie=False, init="fan_in", softcap=0.0,
+        depth=3, dim=256, heads=4, vocab_size=4096, seq_len=256, tie=False, init="fan_in", softcap=0.0,
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),
