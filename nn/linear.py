@@ -11,7 +11,8 @@ class Linear(nn.Linear):
     with a number above 65504 becomes infinite, which `Sampler` refuses.
     """
 
-    halved: tuple[Tensor, Tensor | None] | None = None  # the copies of weight and bias
+    halved: tuple[Tensor, Tensor | None] | None = None  # copies of weight and bias: of this layer, or of it and others
+    sizes: tuple[int, ...] = ()  # the outputs of each of those layers
 
     def forward(self, x: Tensor) -> Tensor:
         if self.halved is None or x.numel() != self.in_features:
@@ -19,11 +20,28 @@ class Linear(nn.Linear):
         return F.linear(x.half(), *self.halved).to(x.dtype)
 
 
+def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several layers of one input: it is cast once, and single rows in half precision are one product."""
+    first = layers[0]
+    if first.halved is not None and x.numel() == first.in_features:
+        return first(x).split(first.sizes, dim=-1)
+    x = cast_once(x)
+    return tuple(layer(x) for layer in layers)
+
+
 def decode_in_half(model: nn.Module) -> None:
-    """From now on single rows are multiplied in half precision. The copies do not follow later changes of the weights."""
+    """From now on single rows are multiplied in half precision. The copies do not follow later changes of the weights.
+
+    A module says in its attribute `together` which of its layers it gives to `project`.
+    """
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.halved = (module.weight.detach().half(), None if module.bias is None else module.bias.detach().half())
+        names = getattr(module, "together", ())
+        groups = [[getattr(module, name) for name in names]] if names else []
+        groups += [[child] for name, child in module.named_children() if isinstance(child, Linear) and name not in names]
+        for layers in groups:
+            weight = torch.cat([layer.weight.detach().half() for layer in layers])
+            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().half() for layer in layers])
+            layers[0].halved, layers[0].sizes = (weight, bias), tuple(layer.out_features for layer in layers)
 
 
 def output_projection(dim_in: int, dim_out: int, *, bias: bool = False) -> Linear:

@@ -6,7 +6,7 @@ from nn.attention.cache import KVCache
 from nn.attention.softmax import attend, visible
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import Linear, cast_once, output_projection
+from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
 
 # B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
@@ -23,6 +23,8 @@ class GQA(nn.Module):
 
     Shapes: x (B, T, C) -> (B, T, C). The decoding state is a KVCache of 2 K D numbers a token.
     """
+
+    together = ("query", "key", "value")
 
     def __init__(
         self,
@@ -59,8 +61,7 @@ class GQA(nn.Module):
         self.out = output_projection(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = cast_once(x)
-        q, k, v = (self.heads_of(project(x)) for project in (self.query, self.key, self.value))  # (B, T, heads, D)
+        q, k, v = map(self.heads_of, project(x, self.query, self.key, self.value))  # (B, T, heads, D)
         if self.value_table is not None:
             v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
         q, k = self.rotate(q, context), self.rotate(k, context)
@@ -74,7 +75,7 @@ class GQA(nn.Module):
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(B, T, heads D) -> (B, T, heads, D)."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(x.shape[0], x.shape[1], x.shape[2] // self.head_dim, self.head_dim)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
         return KVCache(batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device)

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import Linear, cast_once, output_projection
+from nn.linear import Linear, output_projection, project
 
 
 class SwiGLU(nn.Module):
@@ -14,6 +14,8 @@ class SwiGLU(nn.Module):
     Shapes: (B, T, dim) -> (B, T, dim).
     """
 
+    together = ("gate", "up")
+
     def __init__(self, dim: int, *, width: int | None = None, bias: bool = False):
         super().__init__()
         at_least(1, width=width)
@@ -23,5 +25,5 @@ class SwiGLU(nn.Module):
         self.down = output_projection(width, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = cast_once(x)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from nn.linear import Linear, cast_once, decode_in_half, output_projection
+from nn.attention import GQA
+from nn.ffn import SwiGLU
+from nn.linear import Linear, cast_once, decode_in_half, output_projection, project
 
 
 def test_cast_once():
@@ -26,3 +28,17 @@ def test_single_rows_in_half_precision_are_close_and_batches_untouched():
     half = layer(x[:1])
     assert half.dtype == torch.float32 and 0 < (half - alone).abs().max() < 2e-3
     assert torch.equal(half, nn.functional.linear(x[:1].half(), layer.weight.half(), layer.bias.half()).float())
+
+
+def test_layers_of_one_input_are_one_product_in_half_precision():
+    for model in (GQA(64, heads=4, kv_heads=2, bias=True), SwiGLU(64, width=48)):
+        x, names = torch.randn(2, 1, 64), model.together
+        layers = [getattr(model, name) for name in names]
+        before = project(x, *layers)
+        assert all(torch.equal(y, layer(x)) for y, layer in zip(before, layers, strict=True))
+        decode_in_half(model)
+        assert all(torch.equal(y, z) for y, z in zip(project(x, *layers), before, strict=True))  # two rows: untouched
+        for y, layer, whole in zip(project(x[:1], *layers), layers, before, strict=True):
+            assert y.shape == (1, 1, layer.out_features)
+            torch.testing.assert_close(y, whole[:1], atol=2e-3, rtol=2e-3)
+            assert not torch.equal(y, whole[:1])
