@@ -40,7 +40,7 @@ FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="train.py", description=__doc__)
+    parser = Parser(prog="train.py", usage="python train.py [--flag value …]", description=__doc__)
     parser.add_argument("--list", nargs="?", const="", metavar="FAMILY", help="show every concept there is, and leave")
     parser.add_argument("--resume", nargs="?", const="runs", metavar="FOLDER",
                         help="go on with a checkpoint, a run, or the newest of all runs")  # fmt: skip

@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line, and whose flags cannot be abbreviated."""
 
     def __init__(self, **options: Any):
-        formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=118)  # noqa: E731
+        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=118)  # noqa: E731
         super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message: str) -> NoReturn:
