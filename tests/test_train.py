@@ -152,6 +152,15 @@ def test_the_clock_ends_a_run_and_every_precision_and_schedule_trains(tmp_path, 
         assert losses(folder)[-1][1] < losses(folder)[0][1]
 
 
+def test_the_schedule_moves_the_learning_rate(tmp_path, text):
+    curves = {}
+    for floor in ("0", "1"):  # from 1 down to nothing, or 1 all along
+        flags = [*TINY, "--data", text, "--steps", "10", "--schedule", f"linear:warmup=0:floor={floor}"]
+        assert train.main([*flags, "--out", str(tmp_path / floor)]) == 0
+        curves[floor] = losses(tmp_path / floor)
+    assert curves["0"][0] == curves["1"][0] and curves["0"][4] != curves["1"][4]
+
+
 def test_training_goes_on_from_weights(tmp_path, text):
     base = [*TINY, "--data", text, "--steps", "20"]
     assert train.main([*base, "--out", str(tmp_path / "a")]) == 0
