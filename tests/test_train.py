@@ -28,6 +28,16 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses: sums in one order on any machine
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
@@ -37,7 +47,8 @@ def text(tmp_path):
 
 def start(*flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [sys.executable, *launcher, "train.py", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return STARTED[-1]
 
 
 def run(*flags: str, launcher: tuple[str, ...] = ()) -> str:
