@@ -1,7 +1,14 @@
-"""What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch."""
+"""What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch;
+Triton in its interpreter, unless the tests of a GPU were asked for."""
+
+import os
 
 import pytest
-import torch
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,4 +21,6 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
+
     torch.manual_seed(0)

@@ -1,0 +1,86 @@
+"""What every kernel file stands on: Triton where it is installed, which path an op takes, and how a kernel is started."""
+
+import os
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # then every op takes its PyTorch path, and the kernels below it are only read
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=lambda value: value)
+    TRITON = False
+else:
+    TRITON = True
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # read when a kernel is decorated, as Triton does
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read and write; inside it is float32
+
+_path = "auto"
+_recorder: list | None = None
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether an op on x starts Triton kernels: on a GPU, for the dtypes they know. Float64 is PyTorch's everywhere."""
+    if _path == "auto":
+        return TRITON and x.is_cuda and x.dtype in DTYPES
+    return _path == "triton"
+
+
+@contextmanager
+def use(path: str):
+    """Within it every op takes this path: `torch`, `triton` (which on a CPU needs TRITON_INTERPRET=1), or `auto`."""
+    global _path
+    if path not in ("auto", "torch", "triton"):
+        raise ValueError(f"path: {path!r} is none of auto, torch, triton")
+    before, _path = _path, path
+    try:
+        yield
+    finally:
+        _path = before
+
+
+@contextmanager
+def recording():
+    """Within it no kernel runs: the list it gives fills with (kernel, arguments, options) of every launch."""
+    global _recorder
+    _recorder = []
+    try:
+        with use("triton"):
+            yield _recorder
+    finally:
+        _recorder = None
+
+
+def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `grid` programs of a kernel; an empty grid starts none. Options: its constants, num_warps, num_stages."""
+    if _recorder is not None:
+        _recorder.append((kernel, args, options))
+    elif 0 not in grid:
+        kernel[grid](*args, **options)
+
+
+def programs(device: torch.device, per_processor: int = 4) -> int:
+    """How many programs fill the device, for kernels that each loop over a share of the rows."""
+    if device.type != "cuda":
+        return 3  # the interpreter's: few, so that each has several rows to go through
+    return per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n (and at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32. The interpreter multiplies bfloat16 wrongly, bit patterns as they are: it gets float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

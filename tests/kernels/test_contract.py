@@ -1,0 +1,105 @@
+"""Every kernel file is what its SPEC says: see contract.py for how each claim is judged."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels import SPECS
+from kernels.launch import TRITON, use
+from kernels.spec import Draw
+from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, evaluate, seeded
+
+each = pytest.mark.parametrize("name", SPECS)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+interpreted = pytest.mark.skipif(not TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+
+
+def quick(examples: int):
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def draw_from(data) -> Draw:
+    return Draw(lambda low, high: data.draw(st.integers(low, high)))
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES)
+@interpreted
+def test_triton(name, dtype):
+    @quick(8)
+    @given(st.data(), st.sampled_from(LAYOUTS))
+    def run(data, layout):
+        check(SPECS[name], SPECS[name].inputs(draw_from(data)), DTYPES[dtype], "triton", layout)
+
+    if DTYPES[dtype] in SPECS[name].dtypes:
+        run()
+
+
+@each
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_pytorch_path(name, dtype):
+    @quick(15)
+    @given(st.data(), st.sampled_from(LAYOUTS))
+    def run(data, layout):
+        check(SPECS[name], SPECS[name].inputs(draw_from(data)), getattr(torch, dtype), "torch", layout)
+
+    run()
+
+
+@each
+def test_finite_differences(name):
+    if SPECS[name].reference_backward is None:
+        assert not SPECS[name].gradients
+    for seed in range(8):
+        if SPECS[name].gradients:
+            check_finite_differences(SPECS[name], SPECS[name].inputs(seeded(seed)))
+
+
+@each
+def test_gradcheck(name):
+    """PyTorch's own finite differences of the PyTorch path, in float64."""
+    spec = SPECS[name]
+    for seed in range(4 if spec.gradients else 0):
+        call = arguments(spec, spec.inputs(seeded(100 + seed)), torch.float64)
+        names = [n for n in spec.gradients if call.get(n) is not None]
+
+        def function(*values, call=call, names=names):
+            results = spec.op(**{**call, **dict(zip(names, values, strict=True))})
+            results = results if isinstance(results, tuple) else (results,)
+            return tuple(r for r in results if r is not None and r.requires_grad)
+
+        if sum(call[n].numel() for n in names):
+            assert torch.autograd.gradcheck(function, tuple(call[n] for n in names), fast_mode=True)
+
+
+@each
+def test_compile_traces_it_whole(name):
+    """torch.compile(fullgraph=True), forward and backward, gives what eager gives."""
+    spec = SPECS[name]
+    cases = [spec.inputs(seeded(seed)) for seed in range(30)]
+    cases.sort(key=lambda case: sum(getattr(value, "size", 0) for value in case.values()))
+    for case in cases[-3:]:
+        torch._dynamo.reset()
+        compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager")
+        with use("torch"):
+            eager, _ = evaluate(spec.op, spec, arguments(spec, case, torch.float32))
+            traced, _ = evaluate(compiled, spec, arguments(spec, case, torch.float32))
+        for key in eager:
+            torch.testing.assert_close(torch.from_numpy(traced[key]), torch.from_numpy(eager[key]), rtol=1e-5, atol=1e-6)
+
+
+@each
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_the_gpu(name, dtype):
+    """The same property with the compiled kernels."""
+    from tests.kernels.contract import on_device
+
+    with on_device("cuda"):
+        for seed in range(30):
+            case = SPECS[name].inputs(seeded(seed))
+            check(SPECS[name], case, DTYPES[dtype], "triton", LAYOUTS[seed % 4])
