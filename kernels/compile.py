@@ -117,35 +117,21 @@ def compiled(launch: Launch, target: str) -> Report:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     made = triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=dict(launch.options))
-    backend, architecture, _ = TARGETS[target][0]
-    if backend == "cuda":
-        registers, spills = cuda_usage(made.asm["ptx"], made.asm["cubin"], architecture)
-    else:
-        registers, spills = hip_usage(made.asm["amdgcn"])
+    registers, spills = cuda_usage(made.asm["cubin"]) if target.startswith("sm") else hip_usage(made.asm["amdgcn"])
     return Report(launch, target, registers, made.metadata.shared, spills)
 
 
-def cuda_usage(ptx: str, cubin: bytes, architecture: int) -> tuple[int, int]:
-    """Registers a thread, and bytes spilled: ptxas is asked again, aloud, where the kernel has a stack at all."""
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack: Triton's kernels have no local arrays, so what is there was spilled."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel"
+        path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = said(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path))
-        registers, stack = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-        if not stack:
-            return registers, 0
-        path.write_text(ptx)
-        ptxas = knobs.nvidia.ptxas_blackwell if architecture >= 100 else knobs.nvidia.ptxas
-        name = re.search(r"\.target (sm_\w+)", ptx)[1]
-        text = said(ptxas.path, "-v", f"--gpu-name={name}", str(path), "-o", str(path) + ".cubin")
-    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-
-
-def said(*command: str) -> str:
-    """What a program prints, on either stream. CalledProcessError if it fails."""
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return registers, stack
 
 
 def hip_usage(assembly: str) -> tuple[int, int]:

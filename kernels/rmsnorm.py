@@ -137,7 +137,7 @@ def tiling(C: int, widest: int) -> dict:
     """Rows and columns of a program: 4096 numbers or a whole row of up to `widest`; wider ones go by tiles of 4096."""
     block = power_of_2(C) if C <= widest else 4096
     rows = max(1, 4096 // block)
-    return dict(ROWS=rows, BLOCK=block, TILES=-(-C // block), num_warps=4 if block <= 1024 else 8 if block <= 8192 else 16)
+    return dict(ROWS=rows, BLOCK=block, TILES=-(-C // block), num_warps=4 if block <= 1024 else 8 if C <= 8192 else 16)
 
 
 class RMSNorm(torch.autograd.Function):
