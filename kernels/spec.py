@@ -11,11 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor of an example call: of the example's dtype or a given one; with `below`, integers from 0 to below - 1."""
+    """A tensor of an example call, of the example's dtype or a given one: normal numbers, or all of one sign (1 or -1); with
+    `below`, integers from 0 to below - 1."""
 
     dims: tuple[int, ...]
     dtype: torch.dtype | None = None
     below: int | None = None
+    sign: int = 0
 
     def tensor(self, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
         """A tensor of random numbers; on the meta device, of none."""
@@ -24,7 +26,8 @@ class Shape:
             return torch.empty(self.dims, dtype=dtype, device="meta")
         if self.below:
             return torch.randint(self.below, self.dims, generator=generator, dtype=dtype, device=device)
-        return torch.randn(self.dims, generator=generator, device=device).to(dtype)
+        values = torch.randn(self.dims, generator=generator, device=device)
+        return (self.sign * values.abs() if self.sign else values).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class Draw:
         return self.one_of(False, True)
 
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
-        return scale * self.random.standard_normal(shape)
+        return np.asarray(scale * self.random.standard_normal(shape))
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-        return self.random.uniform(low, high, shape)
+        return np.asarray(self.random.uniform(low, high, shape))
 
     def integers(self, *shape: int, low: int = 0, high: int) -> np.ndarray:
         """int64 from low to high, both included."""

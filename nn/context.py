@@ -31,4 +31,3 @@ class Context:
         if name not in self.shared:
             self.shared[name] = make()
         return self.shared[name]
-

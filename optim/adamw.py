@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.adamw import adamw
+
 from .base import Optimizer, require, wide
 
 
@@ -64,19 +66,8 @@ class AdamW(Optimizer):
         return {"step": 0, "mean": zeros, "square": zeros.clone()}
 
     def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        means, squares = [state["mean"] for state in states], [state["square"] for state in states]
-        sizes, epsilons = [], []
-        for state in states:  # √v̂ + ε = (√v + ε √(1 - β2^t)) / √(1 - β2^t): the bias correction costs no pass over v
+        for state in states:
             state["step"] += 1
-            root = math.sqrt(1 - beta2 ** state["step"])
-            sizes.append(-lr * root / (1 - beta1 ** state["step"]))
-            epsilons.append(group["eps"] * root)
-
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_add_(denominators, epsilons)
-        torch._foreach_addcdiv_(params, means, denominators, sizes)
+        means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
+        numbers = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+        adamw(params, grads, means, squares, steps, **numbers, beta1=group["betas"][0], beta2=group["betas"][1])

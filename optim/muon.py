@@ -13,14 +13,14 @@ code; the sum they write is the same up to a factor, which the orthogonalisation
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import reference as orthogonalised
+
 from .base import Optimizer, require, wide
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at 0 that keeps singular values near 1, not a convergent iteration
-EPS = 1e-7  # a smaller Frobenius norm counts as this one, so that a zero gradient gives a zero step
 SCALES = {
     "spectral": lambda rows, columns: math.sqrt(max(1, rows / max(1, columns))),  # RMS gain alike in all shapes
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),  # entries of the size of AdamW's: share its lr
@@ -31,33 +31,9 @@ def reference_step(param, grad, state, *, lr, momentum, nesterov, weight_decay, 
     """One step in NumPy float64: arrays (…, rows, columns) in, `(param, state)` out; `state` is `{}` at first."""
     mean = momentum * state.get("mean", 0.0) + (1 - momentum) * grad
     x = momentum * mean + (1 - momentum) * grad if nesterov else mean
-    x = x / np.maximum(np.sqrt((x**2).sum((-2, -1), keepdims=True)), EPS)
-    a, b, c = QUINTIC
-    for _ in range(ns_steps):  # singular values go σ -> a σ + b σ³ + c σ⁵, singular vectors stay
-        gram = x @ np.swapaxes(x, -2, -1)
-        x = a * x + b * gram @ x + c * gram @ gram @ x
+    x = orthogonalised(x, ns_steps)
     size = SCALES[scale](*param.shape[-2:])
     return param - lr * weight_decay * param - lr * size * x, {"mean": mean}
-
-
-def newton_schulz(g: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The nearest semi-orthogonal matrix U Vᵀ of g = U Σ Vᵀ, roughly: 5 steps take singular values to 0.68 … 1.21.
-
-    g: (…, rows, columns), a matrix or a batch of them; the result has its shape, and `dtype`, in which all products are
-    taken. bfloat16 loses nothing that matters in training and is faster wherever the hardware multiplies it (GPUs since
-    2020, CPUs with AMX or AVX512-BF16); pass float32 elsewhere. Singular values below 0.2 % of g's norm end lower.
-    FLOPs: steps (4 m² n + 2 m³) a matrix of m = min(rows, columns) and n = max(…). ValueError below 2 axes.
-    """
-    require(g.ndim >= 2, "g", tuple(g.shape), "of at least 2 axes")
-    a, b, c = QUINTIC
-    tall = g.shape[-2] > g.shape[-1]  # then transpose: the Gram matrix is the small one
-    x = (g / g.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)).to(dtype)  # Frobenius norm >= largest singular value
-    x = (x.mT if tall else x).reshape(math.prod(g.shape[:-2]), *sorted(g.shape[-2:]))
-    x, addmm = (x[0], torch.addmm) if len(x) == 1 else (x, torch.baddbmm)  # a batch of one takes 1.4 times as long
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(g.shape)
 
 
 class Muon(Optimizer):

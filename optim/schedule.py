@@ -42,9 +42,7 @@ def linear(progress: float, *, warmup: float = 0.02, floor: float = 0.0) -> floa
     return _mix(floor, (1 - progress) / (1 - warmup))
 
 
-def wsd(
-    progress: float, *, warmup: float = 0.02, decay: float = 0.2, shape: str = "linear", floor: float = 0.0
-) -> float:
+def wsd(progress: float, *, warmup: float = 0.02, decay: float = 0.2, shape: str = "linear", floor: float = 0.0) -> float:
     """Warm-up, stable, decay: 1 until the last `decay` of the run, then down to `floor` (Hu et al. 2024, MiniCPM,
     arXiv:2404.06395, section 4). With t going from 0 to 1 over the decay, the shape `linear` is 1 - t and `1-sqrt` is
     1 - √t, the better one in Hägele et al. 2024, arXiv:2405.18392."""
@@ -57,9 +55,7 @@ def wsd(
     return _mix(floor, 1 - (done if shape == "linear" else math.sqrt(done)))
 
 
-def rsqrt(
-    progress: float, *, warmup: float = 0.02, timescale: float = 0.1, cooldown: float = 0.2, floor: float = 0.0
-) -> float:
+def rsqrt(progress: float, *, warmup: float = 0.02, timescale: float = 0.1, cooldown: float = 0.2, floor: float = 0.0) -> float:
     """√(τ / (τ + time since warm-up)), τ = `timescale` as a share of the run, times a straight line to zero over the
     last `cooldown` of it (Zhai et al. 2022, arXiv:2106.04560). With timescale = warmup the first factor is
     that of Vaswani et al. 2017, arXiv:1706.03762, equation 3, scaled to a peak of 1."""

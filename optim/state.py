@@ -51,7 +51,7 @@ def unflatten_state(tensors: dict[str, Tensor], tree: object) -> dict:
         if not isinstance(node, dict):
             return node
         require(len(node) == 1, "tree", node, "made of objects of one key")
-        (kind, content), = node.items()
+        ((kind, content),) = node.items()
         if kind == "tensor":
             require(content in tensors, "tensors", sorted(tensors), f"with {content!r}")
             unused.discard(content)

@@ -9,7 +9,7 @@ run at all. One that is not caught but gives the same bits as the original, forw
 draws does not change what the op does (a block size, say) and does not count. Printed: caught of those that count.
 
 What is not mutated: docstrings, error messages, and the parts of a file that are themselves instruments of the tests:
-`pytorch`, `inputs`, `cost` and `SPEC`.
+its SPECs and the functions that are their `pytorch`, `inputs` and `cost`.
 """
 
 import ast
@@ -35,11 +35,10 @@ from kernels.spec import Spec
 from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, evaluate, seeded
 
 ROOT = Path(__file__).parents[1]
-INSTRUMENTS = {"pytorch", "inputs", "cost", "SPEC"}
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
              ast.MatMult: "*", ast.BitAnd: "|", ast.BitOr: "&", ast.LShift: ">>", ast.RShift: "<<"}  # fmt: skip
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
-SECONDS = 20  # a mutant that takes longer than this hangs: caught
+SECONDS = 60  # of processor time: a mutant that takes more hangs, and is caught
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,22 @@ class Mutant:
     source: str  # the whole file, changed
 
 
-def mutants(source: str) -> Iterator[Mutant]:
-    """Every mutant of a file, from top to bottom."""
+def specs_of(stem: str) -> dict[str, str]:
+    """The SPECs of kernels/<stem>.py: from their names in kernels.SPECS to those in the file."""
+    module = sys.modules.get(f"kernels.{stem}")
+    places = [(place, value) for place, value in vars(module).items() if isinstance(value, Spec)] if module else []
+    return {name: place for name, spec in kernels.SPECS.items() for place, value in places if spec is value}
+
+
+def instruments(stem: str) -> set[str]:
+    """The names in a kernel file that are for its tests."""
+    specs = specs_of(stem)
+    functions = [f for name in specs for s in [kernels.SPECS[name]] for f in (s.pytorch, s.inputs, s.cost)]
+    return {*specs.values(), *(f.__name__ for f in functions)}
+
+
+def mutants(source: str, leave: set[str]) -> Iterator[Mutant]:
+    """Every mutant of a file, from top to bottom, but of the definitions that are to be left."""
     lines = source.splitlines(keepends=True)
     starts = np.cumsum([0, *(len(line.encode()) for line in lines)])
     text = source.encode()
@@ -65,7 +78,7 @@ def mutants(source: str) -> Iterator[Mutant]:
         changed = (text[:begin] + after.encode() + text[end:]).decode()
         return Mutant(node.lineno, text[begin:end].decode(), after, changed)
 
-    for node in walk(ast.parse(source)):
+    for node in walk(ast.parse(source), leave):
         if isinstance(node, ast.BinOp):
             left, right = ast.unparse(node.left), ast.unparse(node.right)
             yield mutant(node, f"(({left}) {OPERATORS[type(node.op)]} ({right}))")
@@ -84,18 +97,19 @@ def mutants(source: str) -> Iterator[Mutant]:
             yield mutant(node, f"{ast.unparse(node.value)}[{other}]")
 
 
-def walk(node: ast.AST) -> Iterator[ast.AST]:
+def walk(node: ast.AST, leave: set[str]) -> Iterator[ast.AST]:
     """All nodes that may be mutated, in the order of the file."""
     for child in ast.iter_child_nodes(node):
         name = getattr(child, "name", None) or (ast.unparse(child.targets[0]) if isinstance(child, ast.Assign) else None)
-        if isinstance(node, ast.Module) and name in INSTRUMENTS or isinstance(child, ast.JoinedStr):
+        if isinstance(node, ast.Module) and name in leave or isinstance(child, ast.JoinedStr):
             continue
         yield child
-        yield from walk(child)
+        yield from walk(child, leave)
 
 
-def load(name: str, source: str, folder: str) -> Spec:
-    """Put this source in the place of kernels/<name>.py and give its SPEC. Triton reads it from a file again."""
+def load(name: str, source: str, folder: str) -> list[Spec]:
+    """Put this source in the place of kernels/<name>.py and give its SPECs. Triton reads it from a file again."""
+    places = specs_of(name)
     path = Path(folder) / f"{name}.py"
     path.write_text(source)
     specification = importlib.util.spec_from_file_location(f"kernels.{name}", path)
@@ -103,8 +117,8 @@ def load(name: str, source: str, folder: str) -> Spec:
     sys.modules[f"kernels.{name}"] = module
     specification.loader.exec_module(module)
     setattr(kernels, name, module)
-    kernels.SPECS[name] = module.SPEC
-    return module.SPEC
+    kernels.SPECS.update({registered: getattr(module, place) for registered, place in places.items()})
+    return [kernels.SPECS[registered] for registered in places]
 
 
 def contract(spec: Spec) -> None:
@@ -128,10 +142,9 @@ def bits(spec: Spec) -> list[bytes]:
         for path in ("triton", "torch"):
             with use(path):
                 try:
-                    found += [
-                        name.encode() + value.tobytes() for name, value in sorted(evaluate(spec.op, spec, call)[0].items())
-                    ]
-                except Exception as error:  # noqa: BLE001: whatever it is, it is what this source does
+                    results, _ = evaluate(spec.op, spec, call)
+                    found += [name.encode() + value.numpy().tobytes() for name, value in sorted(results.items())]
+                except Exception as error:  # whatever it is, it is what this source does
                     found.append(type(error).__name__.encode())
     return found
 
@@ -141,20 +154,21 @@ def verdict(name: str, mutant: Mutant, original: list[bytes]) -> str:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         answer = b"caught"
         try:
             with tempfile.TemporaryDirectory() as folder:
-                spec = load(name, mutant.source, folder)
-                contract(spec)
+                specs = load(name, mutant.source, folder)
+                for spec in specs:
+                    contract(spec)
                 own = ROOT / "tests" / "kernels" / f"test_{name}.py"
                 failed = own.exists() and pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(own)]) != 0
                 if not failed:
-                    answer = b"same" if bits(spec) == original else b"survived"
-        except BaseException:  # noqa: BLE001: any failure is what the tests are for
+                    answer = b"same" if [b for spec in specs for b in bits(spec)] == original else b"survived"
+        except BaseException:  # any failure is what the tests are for
             pass
         os.write(writing, answer)
         os._exit(0)
@@ -167,16 +181,20 @@ def verdict(name: str, mutant: Mutant, original: list[bytes]) -> str:
 
 def main(argv: list[str]) -> int:
     show = "--show" in argv
-    paths = [Path(a) for a in argv if a != "--show"] or [ROOT / "kernels" / f"{name}.py" for name in kernels.SPECS]
-    if unknown := [path for path in paths if path.stem not in kernels.SPECS]:
-        print(f"mutate: {unknown[0]} is no kernel file with a SPEC; there are {', '.join(kernels.SPECS)}", file=sys.stderr)
+    files = list(dict.fromkeys(spec.op.__module__.removeprefix("kernels.") for spec in kernels.SPECS.values()))
+    paths = [Path(a) for a in argv if a != "--show"] or [ROOT / "kernels" / f"{stem}.py" for stem in files]
+    if unknown := [path for path in paths if path.stem not in files]:
+        print(f"mutate: {unknown[0]} is no kernel file with a SPEC; there are {', '.join(files)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     totals = {"caught": 0, "survived": 0, "same": 0}
     for path in paths:
         source, counts = path.read_text(), dict.fromkeys(totals, 0)
-        original = bits(kernels.SPECS[path.stem])
-        for mutant in mutants(source):
+        original = [b for name in specs_of(path.stem) for b in bits(kernels.SPECS[name])]
+        if verdict(path.stem, Mutant(0, "", "", source), original) != "same":
+            print(f"mutate: {path.name} does not pass its tests as it is, or not in {SECONDS} seconds", file=sys.stderr)
+            return 2
+        for mutant in mutants(source, instruments(path.stem)):
             kind = verdict(path.stem, mutant, original)
             counts[kind] += 1
             if show and kind != "caught":

@@ -1,7 +1,7 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.rmsnorm import rms_norm
 from nn.checks import at_least
 
 
@@ -19,4 +19,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        return rms_norm(x, self.weight, eps=self.eps)

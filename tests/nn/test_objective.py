@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nn.objective import next_token, next_token_loss
+from kernels import linear_cross_entropy
+from nn.objective import next_token_loss
 
 N, DIM, VOCAB = 11, 6, 17
 
@@ -19,8 +20,8 @@ def rows_at_once(request, monkeypatch):
 
 
 def slice_by(patch: pytest.MonkeyPatch, rows: int) -> None:
-    patch.setattr(next_token, "LOGITS_AT_ONCE", 1)
-    patch.setattr(next_token, "ROWS_AT_LEAST", rows)
+    patch.setattr(linear_cross_entropy, "SLICE_ON_CPU", 1)
+    patch.setattr(linear_cross_entropy, "ROWS_ON_CPU", rows)
 
 
 def inputs(dtype=torch.float64, n=N, ignored=(2, 3, 10), scale=1.0):

@@ -28,9 +28,11 @@ text = st.text(st.characters(codec="utf-8"), max_size=4) | st.sampled_from(["0",
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text
 values = st.recursive(
     plain | tensors,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.integers(0, 5) | text, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.integers(0, 5) | text, inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
