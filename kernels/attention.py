@@ -6,8 +6,8 @@
 
 Dao et al. 2022, "FlashAttention" (arXiv:2205.14135) and Dao 2023, "FlashAttention-2" (arXiv:2307.08691): a tile of queries
 goes through the tiles of keys with a running maximum and sum; the backward pass works p out again from lse.
-ALiBi: Press et al. 2021 (arXiv:2108.12409). Softcap: Gemma Team 2024 (arXiv:2408.00118). Sinks: a learned logit a head, OpenAI
-2025 (arXiv:2508.10925). Window and global tokens: Beltagy et al. 2020 (arXiv:2004.05150). Prefix: Raffel et al. 2019 (arXiv:1910.10683).
+ALiBi: Press et al. 2021 (arXiv:2108.12409). Softcap: Gemma Team 2024 (arXiv:2408.00118). Sinks: OpenAI 2025 (arXiv:2508.10925).
+Window and global tokens: Beltagy et al. 2020 (arXiv:2004.05150). Prefix: Raffel et al. 2019 (arXiv:1910.10683).
 
 What query i sees is an interval of keys: causality, a prefix seen by all, packed documents and padding each bound it, and
 so does their intersection; only global tokens stand outside their interval. Both bounds grow with i, so the queries that
@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import dot, launch, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import architecture, dot, launch, on_triton, power_of_2, programs, tl, triton
+from kernels.query_blocks import torch_backward, torch_forward
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
-QUERY_BLOCK = 256  # queries a block of the PyTorch path
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # B batch, H query heads, K key/value heads, G = H / K, T queries, S keys, D head dim, Dv that of the values
@@ -49,8 +49,11 @@ def visible(i, j, causal, window, global_tokens, documents, prefix, key_lengths)
     return seen
 
 
-def scores(q, k, causal, window, global_tokens, documents, prefix, key_lengths, alibi, softcap, sinks, scale):
-    """For the reference: p and d capped / d raw (B, H, T, S), lse (B, H, T)."""
+def probabilities(
+    q, k, causal=True, window=None, global_tokens=0, documents=None, prefix=None, key_lengths=None, alibi=None, softcap=0.0,
+    sinks=None, scale=None,
+):  # fmt: skip
+    """p and d capped / d raw score (B, H, T, S), lse (B, H, T)."""
     (_, H, T, D), S = q.shape, k.shape[2]
     i, j = np.arange(S - T, S)[:, None], np.arange(S)
     s = q @ np.repeat(k, H // k.shape[1], 1).swapaxes(2, 3) * (D**-0.5 if scale is None else scale)
@@ -65,27 +68,20 @@ def scores(q, k, causal, window, global_tokens, documents, prefix, key_lengths, 
     sink = np.full((H, 1), -np.inf) if sinks is None else sinks[:, None]
     highest = np.maximum(s.max(-1, initial=-np.inf), sink)
     highest = np.where(np.isinf(highest), 0, highest)
-    total = np.exp(s - highest[..., None]).sum(-1) + np.exp(sink - highest)
     with np.errstate(divide="ignore"):
-        lse = highest + np.log(total)
+        lse = highest + np.log(np.exp(s - highest[..., None]).sum(-1) + np.exp(sink - highest))
     return np.exp(s - np.where(np.isinf(lse), 0, lse)[..., None]), slope, lse
 
 
-def reference(
-    q, k, v, *, causal=True, window=None, global_tokens=0, documents=None, prefix=None, key_lengths=None, alibi=None,
-    softcap=0.0, sinks=None, scale=None, with_lse=False,
-):  # fmt: skip
-    p, _, lse = scores(q, k, causal, window, global_tokens, documents, prefix, key_lengths, alibi, softcap, sinks, scale)
+def reference(q, k, v, *, with_lse=False, **options):
+    p, _, lse = probabilities(q, k, **options)
     y = p @ np.repeat(v, q.shape[1] // v.shape[1], 1)
     return (y, lse) if with_lse else y
 
 
-def reference_backward(
-    grads, q, k, v, *, causal=True, window=None, global_tokens=0, documents=None, prefix=None, key_lengths=None, alibi=None,
-    softcap=0.0, sinks=None, scale=None, with_lse=False,
-):  # fmt: skip
-    p, slope, lse = scores(q, k, causal, window, global_tokens, documents, prefix, key_lengths, alibi, softcap, sinks, scale)
-    (B, H, T, D), K = q.shape, k.shape[1]
+def reference_backward(grads, q, k, v, *, with_lse=False, scale=None, sinks=None, **options):
+    p, slope, lse = probabilities(q, k, scale=scale, sinks=sinks, **options)
+    (B, H, _, D), K = q.shape, k.shape[1]
     dp = grads[0] @ np.repeat(v, H // K, 1).swapaxes(2, 3)
     delta = (p * dp).sum(-1) - (grads[1] if with_lse else 0)  # lse depends on s_ij as y does: through p_ij
     ds = p * (dp - delta[..., None]) * slope * (D**-0.5 if scale is None else scale)
@@ -101,7 +97,7 @@ def reference_backward(
 
 @triton.jit
 def intervals(x, low, high, count, limit, shift, back, ahead, window, exempt):
-    """For rows x of `count`: what each sees of 0 … limit - 1 within its window, and without it, as (start, end) each.
+    """For rows x of `count`: what each sees of 0 … limit - 1 within its window, and without it: near, far, start, end.
 
     Row x stands at x + shift on the other side and sees from `back` before it to `ahead` after it, and what low and high
     say. The first `exempt` rows have no window. Rows past the last do as the last.
@@ -110,43 +106,63 @@ def intervals(x, low, high, count, limit, shift, back, ahead, window, exempt):
     start, end = tl.maximum(x + shift - back, 0), tl.minimum(x + shift + ahead, limit)
     if low is not None:
         start, end = tl.maximum(start, tl.load(low + x)), tl.minimum(end, tl.load(high + x))
-    near = tl.where(x < exempt, start, tl.maximum(start, x + shift - window + 1))
-    far = tl.where(x < exempt, end, tl.minimum(end, x + shift + window))
+    near, far = start, end
+    if window is not None:
+        near, far = tl.maximum(start, x + shift - window + 1), tl.minimum(end, x + shift + window)
+        if exempt is not None:
+            near, far = tl.where(x < exempt, start, near), tl.where(x < exempt, end, far)
     return near, far, start, end
 
 
 @triton.jit
-def tiles(near, far, start, end, others, BLOCK: tl.constexpr):
-    """Which tiles of the other side these rows see: those of global tokens [g, h), then [first, last), of which [full, cut) whole."""
+def tiles(sight, others, BLOCK: tl.constexpr):
+    """Which tiles of the other side rows see: those of global tokens [g, h), then [first, last), of which [full, cut) whole."""
+    near, far, start, end = sight
     first = tl.min(near, 0) // BLOCK
     last = tl.maximum(tl.cdiv(tl.max(far, 0), BLOCK), first)
     full = tl.minimum(tl.cdiv(tl.max(near, 0), BLOCK), last)
     cut = tl.maximum(tl.min(far, 0) // BLOCK, full)
-    g = tl.min(start, 0) // BLOCK
-    h = tl.maximum(tl.minimum(tl.cdiv(tl.minimum(others, tl.max(end, 0)), BLOCK), first), g)
+    g, h = first, first
+    if others is not None:
+        g = tl.min(start, 0) // BLOCK
+        h = tl.maximum(tl.minimum(tl.cdiv(tl.minimum(others, tl.max(end, 0)), BLOCK), first), g)
     return g, h, first, last, full, cut
 
 
 @triton.jit
-def masked_tile(t, g, h, first, full, cut):
-    """The t-th tile that needs its mask: [g, h), then [first, last) without [full, cut)."""
+def how_many(plan, MASKED: tl.constexpr):
+    """Tiles that all rows see whole, or those that need their mask."""
+    g, h, first, last, full, cut = plan
+    return (h - g) + (last - first) - (cut - full) if MASKED else cut - full
+
+
+@triton.jit
+def nth(t, plan, MASKED: tl.constexpr):
+    """The t-th of these: of [full, cut); or of [g, h) and what is left of [first, last)."""
+    g, h, first, last, full, cut = plan
+    if not MASKED:
+        return full + t
     t += g
     t += tl.where(t >= h, first - h, 0)
     return t + tl.where(t >= full, cut - full, 0)
 
 
 @triton.jit
-def sees(y, near, far, start, end, others):
-    """Which rows see which y; the two are given with their axes."""
-    return ((y >= near) & (y < far)) | ((y < others) & (y >= start) & (y < end))
+def sees(y, sight, others):
+    """(rows, y): whether a row sees y, as one comparison of how far inside it lies: predicates are dear on some devices."""
+    near, far, start, end = sight
+    y = y[None, :]
+    inside = tl.minimum(y - near[:, None], far[:, None] - 1 - y)
+    if others is not None:
+        whole = tl.minimum(y - start[:, None], end[:, None] - 1 - y)
+        inside = tl.maximum(inside, tl.minimum(whole, others - 1 - y))
+    return inside >= 0
 
 
 @triton.jit
-def logits(s, i, j, scale, softcap, slope):
-    """From q . k to what exp2 takes, in two numbers: `power * factor`; and the capped logit, for its derivative."""
-    capped = s
-    power = s
-    factor = scale * LOG2E
+def logits(s, apart, scale, softcap, slope):
+    """From q . k to what exp2 takes, in two numbers, `power * factor`; and the capped logit / softcap, for its derivative."""
+    capped, power, factor = s, s, scale * LOG2E
     if softcap is not None:
         x = s * (scale / softcap)
         x2 = x * x  # near 0 the series, where 1 - 2 / (e^2x + 1) would cancel
@@ -157,44 +173,50 @@ def logits(s, i, j, scale, softcap, slope):
     if slope is not None:
         if softcap is None:
             power = s * scale
-        power -= slope * tl.abs(i - j).to(tl.float32)
+        power -= slope * tl.abs(apart).to(tl.float32)
         factor = LOG2E
     return power, factor, capped
 
 
 @triton.jit
-def load_rows(x, rows, stride, columns, count, C: tl.constexpr, BLOCK_C: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a head, (rows, BLOCK_C); with MASKED those from `count` on are 0, as columns from C on always are."""
-    at = x + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    if MASKED:
-        return tl.load(at, (rows[:, None] < count) & (columns[None, :] < C), 0)
-    if BLOCK_C != C:
-        return tl.load(at, columns[None, :] < C, 0)
+def load_rows(x, rows, stride, count, C: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
+    """Rows of a head, (rows, BLOCK), columns from C on 0; with CUT there may be some past the last, which read the last."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    if CUT:
+        rows = tl.minimum(rows, count - 1)
+    at = x + rows[:, None].to(tl.int64) * stride + columns
+    if BLOCK != C:
+        return tl.load(at, columns < C, 0)
     return tl.load(at)
 
 
 @triton.jit
+def store_rows(x, rows, stride, count, values, C: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = rows[:, None] < count
+    if BLOCK != C:
+        inside &= columns < C
+    tl.store(x + rows[:, None].to(tl.int64) * stride + columns, values, inside)
+
+
+@triton.jit
 def forward_tile(
-    tile, acc, m, total, q, k, v, k_t, v_t, i, S, near, far, start, end, others, scale, softcap, slope,
+    tile, acc, m, total, q, k, v, k_t, v_t, i, S, sight, others, scale, softcap, slope,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     j = tile * N + tl.arange(0, N)
-    keys = load_rows(k, j, k_t, tl.arange(0, BD), S, D, BD, MASKED)
-    s = dot(q, tl.trans(keys), tl.zeros((q.shape[0], N), tl.float32))
-    power, factor, _ = logits(s, i[:, None], j[None, :], scale, softcap, slope)
+    s = dot(q, tl.trans(load_rows(k, j, k_t, S, D, BD, MASKED)), tl.zeros((q.shape[0], N), tl.float32))
+    power, factor, _ = logits(s, i[:, None] - j[None, :], scale, softcap, slope)
     if MASKED:
-        seen = sees(j[None, :], near[:, None], far[:, None], start[:, None], end[:, None], others)
-        power = tl.where(seen, power, float("-inf"))
+        power = tl.where(sees(j, sight, others), power, float("-inf"))
     highest = tl.maximum(m, tl.max(power, 1) * factor)
     base = highest
-    if MASKED:
+    if MASKED:  # a row may have seen nothing so far
         base = tl.where(highest == float("-inf"), 0, highest)
     p = tl.exp2(power * factor - base[:, None])
     shrink = tl.exp2(m - base)
-    total = total * shrink + tl.sum(p, 1)
-    values = load_rows(v, j, v_t, tl.arange(0, BV), S, DV, BV, MASKED)
-    acc = dot(p.to(values.dtype), values, acc * shrink[:, None])
-    return acc, highest, total
+    values = load_rows(v, j, v_t, S, DV, BV, MASKED)
+    return dot(p.to(values.dtype), values, acc * shrink[:, None]), highest, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
@@ -206,62 +228,63 @@ def forward_kernel(
     """M queries of a head a program, over tiles of N keys; the last queries, which see the most keys, start first."""
     blocks = tl.cdiv(T, M)
     head = tl.program_id(0) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks
-    b, h = (head // H).to(tl.int64), head % H
+    rows = (blocks - 1 - tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    b, h, shift = (head // H).to(tl.int64), head % H, S - T
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
-    rows = block * M + tl.arange(0, M)
-    shift = S - T
     if low is not None:
         low += b * T
         high += b * T
-    near, far, start, end = intervals(rows, low, high, T, S, shift, S + T, ahead, window, first_tokens - shift)
-    g0, g1, first, last, full, cut = tiles(near, far, start, end, first_tokens, N)
-    slope = None
+    exempt = first_tokens
+    if first_tokens is not None:
+        exempt = first_tokens - shift
+    sight = intervals(rows, low, high, T, S, shift, S + T, ahead, window, exempt)
+    plan = tiles(sight, first_tokens, N)
+    slope = slopes
     if slopes is not None:
         slope = tl.load(slopes + h).to(tl.float32)
-    queries = load_rows(q + b * q_b + h * q_h, rows, q_t, tl.arange(0, BD), T, D, BD, True)
+    queries = load_rows(q + b * q_b + h * q_h, rows, q_t, T, D, BD, True)
     acc = tl.zeros((M, BV), tl.float32)
     m = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    i = rows + shift
-    for tile in tl.range(full, cut):
-        acc, m, total = forward_tile(tile, acc, m, total, queries, k, v, k_t, v_t, i, S, near, far, start, end, first_tokens,
-                                     scale, softcap, slope, D, DV, BD, BV, N, False)  # fmt: skip
-    for t in tl.range(0, g1 - g0 + last - first - (cut - full)):
-        tile = masked_tile(t, g0, g1, first, full, cut)
-        acc, m, total = forward_tile(tile, acc, m, total, queries, k, v, k_t, v_t, i, S, near, far, start, end, first_tokens,
-                                     scale, softcap, slope, D, DV, BD, BV, N, True)  # fmt: skip
+    for MASKED in tl.static_range(2):
+        for t in tl.range(0, how_many(plan, MASKED)):
+            acc, m, total = forward_tile(nth(t, plan, MASKED), acc, m, total, queries, k, v, k_t, v_t, rows + shift, S, sight,
+                                         first_tokens, scale, softcap, slope, D, DV, BD, BV, N, MASKED)  # fmt: skip
+    at = head.to(tl.int64) * T + rows
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E
         highest = tl.maximum(m, sink)
         acc *= tl.exp2(m - highest)[:, None]
         total = total * tl.exp2(m - highest) + tl.exp2(sink - highest)
         m = highest
-        tl.store(shares + head.to(tl.int64) * T + rows, tl.exp2(sink - m) / total, rows < T)
+        tl.store(shares + at, tl.exp2(sink - m) / total, rows < T)
     acc /= tl.where(total == 0, 1, total)[:, None]  # a row that sees nothing: y = 0, lse = -inf
-    found = tl.where(total == 0, float("-inf"), (m + tl.log2(total)) / LOG2E)
-    tl.store(lse + head.to(tl.int64) * T + rows, found, rows < T)
-    columns = tl.arange(0, BV)
-    at = b * y_b + h * y_h + rows[:, None].to(tl.int64) * y_t + columns[None, :]
-    tl.store(y + at, acc, (rows[:, None] < T) & (columns[None, :] < DV))
+    tl.store(lse + at, tl.where(total == 0, float("-inf"), (m + tl.log2(total)) / LOG2E), rows < T)
+    store_rows(y + b * y_b + h * y_h, rows, y_t, T, acc, DV, BV)
+
+
+@triton.jit
+def load_base(lse, rows, count):
+    """lse in base 2, and +inf for a row that sees nothing or is none: exp2(s - lse) is 0 there."""
+    z = tl.load(lse + rows, rows < count, float("inf")) * LOG2E
+    return tl.where(z == float("-inf"), float("inf"), z)
 
 
 @triton.jit
 def query_tile(
-    tile, dq, q, dy, lse, delta, k, v, k_t, v_t, i, S, near, far, start, end, others, scale, softcap, slope,
+    tile, dq, q, dy, z, delta, k, v, k_t, v_t, i, S, sight, others, scale, softcap, slope,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     j = tile * N + tl.arange(0, N)
-    keys = load_rows(k, j, k_t, tl.arange(0, BD), S, D, BD, MASKED)
-    values = load_rows(v, j, v_t, tl.arange(0, BV), S, DV, BV, MASKED)
+    keys = load_rows(k, j, k_t, S, D, BD, MASKED)
+    values = load_rows(v, j, v_t, S, DV, BV, MASKED)
     s = dot(q, tl.trans(keys), tl.zeros((q.shape[0], N), tl.float32))
-    power, factor, capped = logits(s, i[:, None], j[None, :], scale, softcap, slope)
-    p = tl.exp2(power * factor - lse[:, None])
+    power, factor, capped = logits(s, i[:, None] - j[None, :], scale, softcap, slope)
     if MASKED:
-        p = tl.where(sees(j[None, :], near[:, None], far[:, None], start[:, None], end[:, None], others), p, 0)
+        power = tl.where(sees(j, sight, others), power, float("-inf"))
     dp = dot(dy, tl.trans(values), tl.zeros((q.shape[0], N), tl.float32))
-    ds = p * (dp - delta[:, None])
+    ds = tl.exp2(power * factor - z[:, None]) * (dp - delta[:, None])
     if softcap is not None:
         ds *= 1 - capped * capped
     return dot(ds.to(keys.dtype), keys, dq)
@@ -276,63 +299,54 @@ def query_kernel(
     """The gradient of M queries a program, and their delta = dy . y - dlse, which the keys' kernel reads."""
     blocks = tl.cdiv(T, M)
     head = tl.program_id(0) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks
-    b, h = (head // H).to(tl.int64), head % H
+    rows = (blocks - 1 - tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    b, h, shift = (head // H).to(tl.int64), head % H, S - T
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
-    rows = block * M + tl.arange(0, M)
-    shift = S - T
     if low is not None:
         low += b * T
         high += b * T
-    near, far, start, end = intervals(rows, low, high, T, S, shift, S + T, ahead, window, first_tokens - shift)
-    g0, g1, first, last, full, cut = tiles(near, far, start, end, first_tokens, N)
-    slope = None
+    exempt = first_tokens
+    if first_tokens is not None:
+        exempt = first_tokens - shift
+    sight = intervals(rows, low, high, T, S, shift, S + T, ahead, window, exempt)
+    plan = tiles(sight, first_tokens, N)
+    slope = slopes
     if slopes is not None:
         slope = tl.load(slopes + h).to(tl.float32)
-    columns = tl.arange(0, BD)
-    queries = load_rows(q + b * q_b + h * q_h, rows, q_t, columns, T, D, BD, True)
-    grad = load_rows(dy + b * dy_b + h * dy_h, rows, dy_t, tl.arange(0, BV), T, DV, BV, True)
-    out = load_rows(y + b * y_b + h * y_h, rows, y_t, tl.arange(0, BV), T, DV, BV, True)
-    at = head.to(tl.int64) * T + rows
+    queries = load_rows(q + b * q_b + h * q_h, rows, q_t, T, D, BD, True)
+    grad = load_rows(dy + b * dy_b + h * dy_h, rows, dy_t, T, DV, BV, True)
+    out = load_rows(y + b * y_b + h * y_h, rows, y_t, T, DV, BV, True)
+    at = head.to(tl.int64) * T
     d = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     if dlse is not None:
-        d -= tl.load(dlse + at, rows < T, 0)
-    tl.store(delta + at, d, rows < T)
-    z = tl.load(lse + at, rows < T, float("inf")) * LOG2E
-    z = tl.where(z == float("-inf"), float("inf"), z)  # exp2(s - z) is 0 in a row that sees nothing
+        d -= tl.load(dlse + at + rows, rows < T, 0)
+    tl.store(delta + at + rows, d, rows < T)
+    z = load_base(lse + at, rows, T)
     acc = tl.zeros((M, BD), tl.float32)
-    i = rows + shift
-    for tile in tl.range(full, cut):
-        acc = query_tile(tile, acc, queries, grad, z, d, k, v, k_t, v_t, i, S, near, far, start, end, first_tokens,
-                         scale, softcap, slope, D, DV, BD, BV, N, False)  # fmt: skip
-    for t in tl.range(0, g1 - g0 + last - first - (cut - full)):
-        tile = masked_tile(t, g0, g1, first, full, cut)
-        acc = query_tile(tile, acc, queries, grad, z, d, k, v, k_t, v_t, i, S, near, far, start, end, first_tokens,
-                         scale, softcap, slope, D, DV, BD, BV, N, True)  # fmt: skip
-    at = b * dq_b + h * dq_h + rows[:, None].to(tl.int64) * dq_t + columns[None, :]
-    tl.store(dq + at, acc * scale, (rows[:, None] < T) & (columns[None, :] < D))
+    for MASKED in tl.static_range(2):
+        for t in tl.range(0, how_many(plan, MASKED)):
+            acc = query_tile(nth(t, plan, MASKED), acc, queries, grad, z, d, k, v, k_t, v_t, rows + shift, S, sight,
+                             first_tokens, scale, softcap, slope, D, DV, BD, BV, N, MASKED)  # fmt: skip
+    store_rows(dq + b * dq_b + h * dq_h, rows, dq_t, T, acc * scale, D, BD)
 
 
 @triton.jit
 def key_tile(
-    tile, dk, dv, k, v, q, dy, lse, delta, q_t, dy_t, j, T, shift, near, far, start, end, others, scale, softcap, slope,
+    tile, dk, dv, k, v, q, dy, lse, delta, q_t, dy_t, j, T, shift, sight, others, scale, softcap, slope,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     rows = tile * M + tl.arange(0, M)
-    queries = load_rows(q, rows, q_t, tl.arange(0, BD), T, D, BD, MASKED)
-    grad = load_rows(dy, rows, dy_t, tl.arange(0, BV), T, DV, BV, MASKED)
-    z = tl.load(lse + rows, rows < T, float("inf")) * LOG2E
-    z = tl.where(z == float("-inf"), float("inf"), z)
-    d = tl.load(delta + rows, rows < T, 0)
+    queries = load_rows(q, rows, q_t, T, D, BD, MASKED)
+    grad = load_rows(dy, rows, dy_t, T, DV, BV, MASKED)
     s = dot(k, tl.trans(queries), tl.zeros((k.shape[0], M), tl.float32))  # (N, M)
-    power, factor, capped = logits(s, rows[None, :] + shift, j[:, None], scale, softcap, slope)
-    p = tl.exp2(power * factor - z[None, :])
+    power, factor, capped = logits(s, rows[None, :] + shift - j[:, None], scale, softcap, slope)
     if MASKED:
-        p = tl.where(sees(rows[None, :], near[:, None], far[:, None], start[:, None], end[:, None], others), p, 0)
+        power = tl.where(sees(rows, sight, others), power, float("-inf"))
+    p = tl.exp2(power * factor - load_base(lse, rows, T)[None, :])
     dv = dot(p.to(grad.dtype), grad, dv)
     dp = dot(v, tl.trans(grad), tl.zeros((k.shape[0], M), tl.float32))
-    ds = p * (dp - d[None, :])
+    ds = p * (dp - tl.load(delta + rows, rows < T, 0)[None, :])
     if softcap is not None:
         ds *= 1 - capped * capped
     return dot(ds.to(queries.dtype), queries, dk), dv
@@ -341,74 +355,62 @@ def key_tile(
 @triton.jit
 def key_kernel(
     q, k, v, dy, lse, delta, dk, dv, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    dy_b, dy_h, dy_t, K, G, T, S, heads, shares, back, window, first_tokens, scale, softcap,
+    dy_b, dy_h, dy_t, K, G, T, S, groups, parts, back, window, first_tokens, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of N keys and values a program, from every `shares`-th query head that reads them; dk, dv contiguous."""
+    """The gradients of N keys and values a program, from every `parts`-th query head that reads them; dk, dv contiguous."""
     blocks = tl.cdiv(S, N)
-    block = tl.program_id(0) % blocks
-    group = tl.program_id(0) // blocks  # (share, batch, kv head)
-    share, b, kv = group // heads, (group % heads // K).to(tl.int64), group % K
-    cols = block * N + tl.arange(0, N)
-    shift = S - T
+    group = tl.program_id(0) // blocks  # (part, batch, kv head)
+    cols = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    part, b, kv, shift = group // groups, (group % groups // K).to(tl.int64), group % K, S - T
     if low is not None:
         low += b * S
         high += b * S
-    near, far, start, end = intervals(cols, low, high, S, T, -shift, back, S + T, window, first_tokens)
-    others = first_tokens - shift
-    g0, g1, first, last, full, cut = tiles(near, far, start, end, others, M)
-    columns, wide = tl.arange(0, BD), tl.arange(0, BV)
-    keys = load_rows(k + b * k_b + kv * k_h, cols, k_t, columns, S, D, BD, True)
-    values = load_rows(v + b * v_b + kv * v_h, cols, v_t, wide, S, DV, BV, True)
+    others = first_tokens
+    if first_tokens is not None:
+        others = first_tokens - shift
+    sight = intervals(cols, low, high, S, T, -shift, back, S + T, window, first_tokens)
+    plan = tiles(sight, others, M)
+    keys = load_rows(k + b * k_b + kv * k_h, cols, k_t, S, D, BD, True)
+    values = load_rows(v + b * v_b + kv * v_h, cols, v_t, S, DV, BV, True)
     dkeys, dvalues = tl.zeros((N, BD), tl.float32), tl.zeros((N, BV), tl.float32)
-    for h in tl.range(kv * G + share, kv * G + G, shares):
-        slope = None
+    for h in tl.range(kv * G + part, kv * G + G, parts):
+        slope = slopes
         if slopes is not None:
             slope = tl.load(slopes + h).to(tl.float32)
         at = (b * K * G + h) * T
-        for tile in tl.range(full, cut):
-            dkeys, dvalues = key_tile(
-                tile, dkeys, dvalues, keys, values, q + b * q_b + h * q_h, dy + b * dy_b + h * dy_h, lse + at, delta + at,
-                q_t, dy_t, cols, T, shift, near, far, start, end, others, scale, softcap, slope, D, DV, BD, BV, M, False,
-            )  # fmt: skip
-        for t in tl.range(0, g1 - g0 + last - first - (cut - full)):
-            tile = masked_tile(t, g0, g1, first, full, cut)
-            dkeys, dvalues = key_tile(
-                tile, dkeys, dvalues, keys, values, q + b * q_b + h * q_h, dy + b * dy_b + h * dy_h, lse + at, delta + at,
-                q_t, dy_t, cols, T, shift, near, far, start, end, others, scale, softcap, slope, D, DV, BD, BV, M, True,
-            )  # fmt: skip
-    at = (group.to(tl.int64) * S + cols)[:, None]
-    tl.store(dk + at * D + columns[None, :], dkeys * scale, (cols[:, None] < S) & (columns[None, :] < D))
-    tl.store(dv + at * DV + wide[None, :], dvalues, (cols[:, None] < S) & (wide[None, :] < DV))
+        for MASKED in tl.static_range(2):
+            for t in tl.range(0, how_many(plan, MASKED)):
+                dkeys, dvalues = key_tile(
+                    nth(t, plan, MASKED), dkeys, dvalues, keys, values, q + b * q_b + h * q_h, dy + b * dy_b + h * dy_h,
+                    lse + at, delta + at, q_t, dy_t, cols, T, shift, sight, others, scale, softcap, slope,
+                    D, DV, BD, BV, M, MASKED,
+                )  # fmt: skip
+    store_rows(dk + group.to(tl.int64) * S * D, cols, D, S, dkeys * scale, D, BD)
+    store_rows(dv + group.to(tl.int64) * S * DV, cols, DV, S, dvalues, DV, BV)
 
 
-def shapes_of(q: Tensor, D: int, DV: int, curved: bool) -> tuple[dict, dict, dict]:
-    """Tile sizes of the three kernels: less of everything for wide heads and for float32, which has no tensor cores here."""
+def tile_sizes(q: Tensor, D: int, DV: int) -> tuple[dict, dict, dict]:
+    """Tiles of the forward, the queries' and the keys' kernel: as large as registers allow, so that numbers are read seldom."""
     BD, BV = max(16, power_of_2(D)), max(16, power_of_2(DV))
-    size = dict(D=D, DV=DV, BD=BD, BV=BV)
+    wide, device = max(BD, BV), architecture(q.device)
+
+    def sizes(M: int, N: int, warps: int, stages: int) -> dict:
+        return dict(D=D, DV=DV, BD=BD, BV=BV, M=M, N=N, num_warps=warps, num_stages=stages)
+
     if q.device.type == "cpu":  # the interpreter's: small, so that few rows make several tiles
-        return size | dict(M=32, N=16), size | dict(M=16, N=32), size | dict(M=16, N=32)
-    wide = max(BD, BV)
-    if q.dtype == torch.float32:
-        M, N = (32, 32) if wide <= 128 else (16, 16)
-        return (size | dict(M=M, N=N, num_warps=4, num_stages=1),) * 3
-    if wide <= 64:
-        return (
-            size | dict(M=128, N=64, num_warps=4, num_stages=3),
-            size | dict(M=128, N=64, num_warps=8, num_stages=2),
-            size | dict(M=32 if curved else 64, N=128, num_warps=8, num_stages=2),
-        )
-    if wide <= 128:
-        return (
-            size | dict(M=128, N=64, num_warps=8, num_stages=2),
-            size | dict(M=128, N=64, num_warps=8, num_stages=2),
-            size | dict(M=32, N=128, num_warps=8, num_stages=2),
-        )
-    return (
-        size | dict(M=128, N=32, num_warps=8, num_stages=2),
-        size | dict(M=64, N=32, num_warps=8, num_stages=1),
-        size | dict(M=32, N=64, num_warps=8, num_stages=1),
-    )
+        return sizes(32, 16, 4, 1), sizes(16, 32, 4, 1), sizes(16, 32, 4, 1)
+    if q.dtype == torch.float32:  # exact products, without tensor cores
+        if wide <= 64:
+            return sizes(32, 32, 8, 1), sizes(32, 16, 8, 1), sizes(16, 32, 8, 1)
+        return sizes(16, 16, 8, 1), sizes(16, 16, 8, 1), sizes(16, 16, 8, 1)
+    if wide > 128:
+        return sizes(128, 32, 8, 2), sizes(32, 32, 8, 1), sizes(16, 32, 8, 1)
+    if device.startswith("gfx"):
+        return sizes(128, 64, 8, 2), sizes(64, 64, 4, 2), sizes(32, 64, 4, 2)
+    if device == "sm_90":
+        return sizes(128, 64, 8, 2), sizes(128, 64, 8, 2), sizes(32, 128, 8, 2)
+    return sizes(128, 64, 8, 2), sizes(64, 64, 8, 2), sizes(32, 64, 4, 1)
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -421,20 +423,19 @@ def triton_forward(q, k, v, sinks, slopes, low, high, causal, window, first_toke
     y = q.new_empty(B, T, H, DV).transpose(1, 2)  # as the output projection will read it
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     shares = None if sinks is None else torch.empty_like(lse)
-    tiles = shapes_of(q, D, DV, softcap is not None or slopes is not None)[0]
+    sizes = tile_sizes(q, D, DV)[0]
     launch(
-        forward_kernel, (-(-T // tiles["M"]) * B * H,), q, k, v, y, lse, shares, sinks, slopes, low, high,
+        forward_kernel, (-(-T // sizes["M"]) * B * H,), q, k, v, y, lse, shares, sinks, slopes, low, high,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], H, H // K, T, S,
-        1 if causal and low is None else S + T, S + T if window is None else window, first_tokens, scale, softcap, **tiles,
+        1 if causal and low is None else S + T, window, first_tokens, scale, softcap, **sizes,
     )  # fmt: skip
     return y, lse, shares
 
 
 def triton_backward(q, k, v, slopes, low, high, y, lse, dy, dlse, causal, window, first_tokens, scale, softcap):
     (B, H, T, D), (_, K, S, DV) = q.shape, v.shape
-    _, for_queries, for_keys = shapes_of(q, D, DV, softcap is not None or slopes is not None)
+    _, for_queries, for_keys = tile_sizes(q, D, DV)
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    window = S + T if window is None else window
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     launch(
         query_kernel, (-(-T // for_queries["M"]) * B * H,), q, k, v, y, dy, dlse, lse, delta, dq, slopes, low, high, *strides,
@@ -443,148 +444,20 @@ def triton_backward(q, k, v, slopes, low, high, y, lse, dy, dlse, causal, window
     )  # fmt: skip
     if low is not None:  # the queries that see key j: from the first whose interval ends after j to the last that begins by j
         at = torch.arange(S, device=q.device).expand(B, S).contiguous()
-        low, high = torch.searchsorted(high, at, right=True, out_int32=True), torch.searchsorted(low, at, right=True, out_int32=True)
+        low, high = (
+            torch.searchsorted(high, at, right=True, out_int32=True),
+            torch.searchsorted(low, at, right=True, out_int32=True),
+        )
     blocks = -(-S // for_keys["N"]) * B * K
-    shares = max(1, min(H // K, programs(q.device, 1) // max(1, blocks)))
-    dk, dv = (x.new_empty(shares, *x.shape, dtype=x.dtype if shares == 1 else torch.float32) for x in (k, v))
+    parts = max(1, min(H // K, programs(q.device, 1) // max(1, blocks)))  # of a group's heads, where programs would be few
+    dk, dv = (x.new_empty(parts, *x.shape, dtype=x.dtype if parts == 1 else torch.float32) for x in (k, v))
     launch(
-        key_kernel, (blocks * shares,), q, k, v, dy, lse, delta, dk, dv, slopes, low, high, *strides, *dy.stride()[:3],
-        K, H // K, T, S, B * K, shares, 0 if causal and low is None else S + T, window, first_tokens, scale, softcap, **for_keys,
+        key_kernel, (blocks * parts,), q, k, v, dy, lse, delta, dk, dv, slopes, low, high, *strides, *dy.stride()[:3],
+        K, H // K, T, S, B * K, parts, 0 if causal and low is None else S + T, window, first_tokens, scale, softcap,
+        **for_keys,
     )  # fmt: skip
-    dk, dv = (x[0] if shares == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+    dk, dv = (x[0] if parts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv, delta
-
-
-class Blocks:
-    """The PyTorch path's view of a call: blocks of queries, the keys each needs, and which of these are hidden from whom."""
-
-    def __init__(self, q: Tensor, k: Tensor, low, high, causal: bool, window: int | None, first_tokens: int):
-        self.B, self.H, self.T, self.D = q.shape
-        self.K, self.S = k.shape[1:3]
-        self.low, self.high, self.causal, self.window, self.first_tokens = low, high, causal, window, first_tokens
-        self.device, self.shift = q.device, self.S - self.T
-        self.known = low is None or q.device.type == "meta" or torch.compiler.is_compiling()
-
-    def __iter__(self):
-        """(start, end, pieces): queries, and the ranges of keys that they see among them, at least one."""
-        for start in range(0, self.T, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, self.T)
-            first, last = 0, end + self.shift if self.causal and self.low is None else self.S
-            if not self.known and self.B:
-                first, last = self.low[:, start:end].min().item(), self.high[:, start:end].max().item()
-                last = max(first, last)
-            near, far = first, last
-            if self.window is not None and start + self.shift >= self.first_tokens:
-                near = min(max(first, start + self.shift - self.window + 1), last)
-                far = max(near, min(last, end + self.shift + self.window - 1))
-            early = min(self.first_tokens, near, last)
-            yield start, end, [(first, early), (near, far)] if first < early else [(near, far)]
-
-    def hidden(self, start: int, end: int, pieces) -> tuple[Tensor, Tensor | None]:
-        """Positions apart, i - j (t, s), and what is hidden, (t, s) or (B, 1, 1, t, s) bool; None where nothing is."""
-        j = torch.cat([torch.arange(a, b, device=self.device) for a, b in pieces])
-        i = torch.arange(start + self.shift, end + self.shift, device=self.device)[:, None]
-        apart, hidden = i - j, None
-        if self.low is not None:
-            hidden = (j < self.low[:, start:end, None]) | (j >= self.high[:, start:end, None])
-            hidden = hidden[:, None, None]
-        elif self.causal and end - start > 1:
-            hidden = apart < 0
-        if self.window is not None:
-            far = (apart.abs() >= self.window) & (i >= self.first_tokens) & (j >= self.first_tokens)
-            hidden = far if hidden is None else hidden | far
-        return apart, hidden
-
-    def rows(self, x: Tensor, start: int, end: int) -> Tensor:
-        """(B, H, T, D) -> (B K, G t, D): the rows of a block that read the same keys, side by side."""
-        return x.view(self.B, self.K, self.H // self.K, self.T, x.shape[-1])[:, :, :, start:end].reshape(
-            self.B * self.K, self.H // self.K * (end - start), x.shape[-1]
-        )
-
-
-def take(x: Tensor, pieces) -> Tensor:
-    """Ranges of rows of x (E, S, D), one after the other."""
-    return x[:, slice(*pieces[0])] if len(pieces) == 1 else torch.cat([x[:, a:b] for a, b in pieces], 1)
-
-
-def block_probabilities(blocks, q, keys, sinks, slopes, start, end, pieces, scale, softcap, want_lse):
-    """p (E, G t, s) of queries start … end, lse and the share of the sink (B, K, G, t) if asked for, d capped / d raw with a softcap."""
-    rows, groups = blocks.rows(q, start, end), blocks.H // blocks.K
-    apart, hidden = blocks.hidden(start, end, pieces)
-    shape = blocks.B, blocks.K, groups, *apart.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    slope = share = None
-    if hidden is not None and hidden.ndim == 2 and not softcap and slopes is None:
-        bias = torch.zeros(apart.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-        s = torch.baddbmm(bias.repeat(groups, 1).expand(len(rows), -1, -1), rows, keys.mT, alpha=scale)
-    else:
-        s = torch.baddbmm(rows.new_empty(1), rows, keys.mT, beta=0, alpha=scale)
-        if softcap:
-            s = s.to(wide).div_(softcap).tanh_()
-            slope = 1 - s * s
-            s.mul_(softcap)
-        if slopes is not None:
-            s = s.to(wide)
-            s.view(shape).sub_(slopes.to(wide).view(blocks.K, groups, 1, 1) * apart.abs())
-        if hidden is not None:
-            s.view(shape).masked_fill_(hidden, -torch.inf)
-    p = s.softmax(-1)
-    if hidden is not None and hidden.ndim > 2:
-        p.view(shape).masked_fill_(hidden.all(-1, keepdim=True), 0)  # a row that sees nothing
-    lse = s.to(wide).logsumexp(-1).view(shape[:-1]) if want_lse or sinks is not None else None
-    if sinks is not None:
-        sink = sinks.to(wide).view(blocks.K, groups, 1)
-        p.view(shape).mul_(torch.sigmoid(lse - sink)[..., None])
-        lse, share = torch.logaddexp(lse, sink), torch.sigmoid(sink - lse)
-    return p, lse, share, slope
-
-
-def torch_forward(q, k, v, sinks, slopes, low, high, causal, window, first_tokens, scale, softcap, want_lse):
-    blocks = Blocks(q, k, low, high, causal, window, first_tokens)
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (E, S, D)
-    y = q.new_empty(blocks.B, blocks.T, blocks.H, v.shape[-1]).transpose(1, 2)
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if want_lse else None
-    shares, p = None if sinks is None else torch.empty_like(lse), None
-    for start, end, pieces in blocks:
-        p, part, share, _ = block_probabilities(
-            blocks, q, take(keys, pieces), sinks, slopes, start, end, pieces, scale, softcap, want_lse
-        )
-        y[:, :, start:end] = (p.to(q.dtype) @ take(values, pieces)).view(blocks.B, blocks.H, end - start, v.shape[-1])
-        if want_lse:
-            lse[:, :, start:end] = part.flatten(1, 2)
-        if sinks is not None:
-            shares[:, :, start:end] = share.flatten(1, 2)
-    return y, lse, shares, p if blocks.T <= QUERY_BLOCK and not softcap else None
-
-
-def torch_backward(
-    q, k, v, sinks, slopes, low, high, kept, dy, dlse, causal, window, first_tokens, scale, softcap
-):
-    blocks = Blocks(q, k, low, high, causal, window, first_tokens)
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    dq = torch.empty_like(q)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-    for start, end, pieces in blocks:
-        seen, p, slope = take(keys, pieces), kept, None
-        if kept is None:
-            p, _, _, slope = block_probabilities(blocks, q, seen, sinks, slopes, start, end, pieces, scale, softcap, False)
-        grad = blocks.rows(dy, start, end)  # (E, G t, Dv)
-        dp = grad @ take(values, pieces).mT
-        ds = torch._softmax_backward_data(dp.to(p.dtype), p, -1, p.dtype)
-        if dlse is not None:
-            ds += p * blocks.rows(dlse[..., None].to(p.dtype), start, end)
-        if slope is not None:
-            ds *= slope
-        ds = ds.mul_(scale).to(q.dtype)
-        at = 0
-        both = p.to(q.dtype).mT @ grad, ds.mT @ blocks.rows(q, start, end)
-        for a, b in pieces:
-            dv[:, a:b] += both[0][:, at : at + b - a]
-            dk[:, a:b] += both[1][:, at : at + b - a]
-            at += b - a
-        dq[:, :, start:end] = (ds @ seen).view(blocks.B, blocks.H, end - start, blocks.D)
-    return dq, dk.to(k.dtype).view_as(k), dv.to(v.dtype).view_as(v)
 
 
 class Attention(torch.autograd.Function):
@@ -594,18 +467,18 @@ class Attention(torch.autograd.Function):
         if on_triton(q):
             q, k, v = map(dense, (q, k, v))
             y, lse, shares = triton_forward(q, k, v, sinks, slopes, low, high, *options)
-            kept = None
+            kept = ()
         else:
-            y, lse, shares, kept = torch_forward(
-                q, k, v, sinks, slopes, low, high, *options, with_lse or sinks is not None
-            )
-        ctx.save_for_backward(q, k, v, sinks, slopes, low, high, y if on_triton(q) or sinks is not None else None, lse, shares, kept)
+            y, lse, shares, kept = torch_forward(q, k, v, sinks, slopes, low, high, *options, with_lse or sinks is not None)
+        ctx.save_for_backward(
+            q, k, v, sinks, slopes, low, high, y if on_triton(q) or sinks is not None else None, lse, shares, *kept
+        )
         ctx.options = options
         return (y, lse) if with_lse else y
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dlse: Tensor | None = None):
-        q, k, v, sinks, slopes, low, high, y, lse, shares, kept = ctx.saved_tensors
+        q, k, v, sinks, slopes, low, high, y, lse, shares, *kept = ctx.saved_tensors
         if dy is None:
             dy = q.new_zeros(*q.shape[:3], v.shape[-1])
         if on_triton(q):
@@ -682,17 +555,19 @@ def attention(
     ValueError for an argument that does not fit.
     """
     bounded = documents is not None or prefix is not None or key_lengths is not None or shared_spans is not None
-    plain = not (bounded or softcap or with_lse or global_tokens or window or scale) and alibi is None and sinks is None
+    plain = not (bounded or softcap or with_lse or global_tokens) and alibi is None and sinks is None
     check_shapes(q, k, v, causal)
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    if plain and T == 1 and not on_triton(q):  # a step of decoding: PyTorch's own kernel has the least to do per call
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=H != K)
     require(window is None or window > 0, "window", f"at least 1, not {window}")
+    require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
+    if plain and T == 1 and S > 0 and not on_triton(q):  # a step of decoding: PyTorch's own kernel has the least to do per call
+        if window is not None:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=H != K)
     require(global_tokens >= 0, "global_tokens", f"at least 0, not {global_tokens}")
     require(softcap >= 0, "softcap", f"at least 0, not {softcap}")
-    require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
-    placed = causal or window is not None or documents is not None or alibi is not None
+    placed = window is not None or documents is not None or alibi is not None
     require(T <= S or not placed, "q", f"{T} queries cannot be the last of {S} tokens")
     require(prefix is None or causal, "prefix", "of use with causal=True only")
     for name, x, shape in (("documents", documents, (B, S)), ("prefix", prefix, (B,)), ("key_lengths", key_lengths, (B,))):
@@ -712,7 +587,8 @@ def attention(
     scale = D**-0.5 if scale is None else scale
     cap = float(softcap) if softcap else None
     slopes = None if alibi is None else alibi.detach().contiguous()
-    options = (causal, window, global_tokens, scale, cap)
+    first_tokens = global_tokens if global_tokens and window is not None else None
+    options = (causal, window, first_tokens, scale, cap)
     return Attention.apply(q, k, v, sinks if sinks is None else sinks.contiguous(), slopes, low, high, options, with_lse)
 
 
@@ -775,14 +651,14 @@ def inputs(draw: Draw) -> dict:
         prefix=draw.integers(B, high=S) if causal and draw.flag() else None,
         key_lengths=draw.integers(B, high=S) if draw.flag() else None,
     )
-    empty = not visible(i, j, **case).any(-1).all()  # then only a sink makes all of lse a number
+    seen = visible(i, j, **case).sum(-1)  # of none, only a sink makes lse a number; of one, only a sink makes p depend on q
     return dict(
         q=draw.normal(B, K * G, T, D),
         k=draw.normal(B, K, S, D),
         v=draw.normal(B, K, S, draw.one_of(D, 16, 40)),
         alibi=draw.uniform(K * G, high=0.5) if placed and draw.flag() else None,
         softcap=draw.one_of(0.0, 2.0),
-        sinks=draw.normal(K * G) if empty or draw.flag() else None,
+        sinks=draw.normal(K * G) if seen.min(initial=S) == 0 or seen.max(initial=0) <= 1 or draw.flag() else None,
         scale=draw.one_of(None, 0.3),
         with_lse=draw.flag(),
         **case,
@@ -790,7 +666,7 @@ def inputs(draw: Draw) -> dict:
 
 
 def cost(q, k, v, *, causal=True, window=None, **_) -> tuple[Cost, Cost]:
-    (B, H, T, D), (K, S, DV) = q.shape, v.shape[1:]
+    (B, H, T, D), (S, DV) = q.shape, v.shape[2:]
     i, j = np.arange(S - T, S), S if window is None else window
     seen = np.minimum(i + 1, j) if causal else np.minimum(i + j, S) - np.maximum(i - j + 1, 0)  # by documents: less
     pairs, small, large = int(seen.sum()) * B * H, 4 * B * H * T, bytes_of(q, k, v)
@@ -812,7 +688,6 @@ SPEC = Spec(
             q=Shape((4, 32, 4096, 64)), k=Shape((4, 8, 4096, 64)), v=Shape((4, 8, 4096, 64)), window=1024, softcap=50.0,
             documents=Shape((4, 4096), below=8), sinks=Shape((32,)), alibi=Shape((32,)),
         ),
-        dict(q=Shape((2, 8, 4096, 256)), k=Shape((2, 4, 4096, 256)), v=Shape((2, 4, 4096, 256))),
     ),
     cpu=(
         dict(q=Shape((16, 4, 256, 64)), k=Shape((16, 4, 256, 64)), v=Shape((16, 4, 256, 64))),

@@ -70,13 +70,15 @@ class Report:
         return self.spills == 0 and self.shared <= TARGETS[self.target][1]
 
 
-def launches(name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> list[Launch]:
-    """Every different launch of the example calls of SPECS[name]."""
+def launches(
+    name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), target: str = "sm_90"
+) -> list[Launch]:
+    """Every different launch of the example calls of SPECS[name] on a target."""
     found: dict[Launch, None] = {}
     spec = SPECS[name]
     for example in spec.gpu:
         for dtype in (d for d in dtypes if d in spec.dtypes):
-            with recording() as noted:
+            with recording(target) as noted:
                 call = spec.call(example, dtype)
                 results = [r for r in outputs(spec.op(**call)) if isinstance(r, Tensor) and r.requires_grad]
                 inputs = [call[n] for n in spec.gradients if isinstance(call.get(n), Tensor)]
@@ -142,7 +144,7 @@ def hip_usage(assembly: str) -> tuple[int, int]:
 
 def reports(names: list[str]) -> list[Report]:
     """All launches of these files for all targets, on all cores."""
-    work = [(launch, target) for name in names for launch in launches(name) for target in TARGETS]
+    work = [(launch, target) for name in names for target in TARGETS for launch in launches(name, target=target)]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         return list(pool.map(compiled, *zip(*work, strict=True), chunksize=2))
 

@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read
 
 _path = "auto"
 _recorder: list | None = None
+_target = "sm_90"  # what launches are recorded for
 
 
 def on_triton(x: Tensor) -> bool:
@@ -46,10 +47,10 @@ def use(path: str):
 
 
 @contextmanager
-def recording():
-    """Within it no kernel runs: the list it gives fills with (kernel, arguments, options) of every launch."""
-    global _recorder
-    _recorder = []
+def recording(target: str = "sm_90"):
+    """Within it no kernel runs: the list it gives fills with (kernel, arguments, options) of every launch on a `target`."""
+    global _recorder, _target
+    _recorder, _target = [], target
     try:
         with use("triton"):
             yield _recorder
@@ -63,6 +64,15 @@ def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         _recorder.append((kernel, args, options))
     elif 0 not in grid:
         kernel[grid](*args, **options)
+
+
+def architecture(device: torch.device) -> str:
+    """sm_80, sm_90, gfx942 …: that of the device or, where there is none, the one that launches are recorded for."""
+    if device.type != "cuda":
+        return _target
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def programs(device: torch.device, per_processor: int = 4) -> int:

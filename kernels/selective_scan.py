@@ -90,8 +90,9 @@ def step_size(delta, at, inside, bias, SOFTPLUS: tl.constexpr):
     slope = d * 0 + 1
     if SOFTPLUS:
         slope = tl.sigmoid(d)
-        small = tl.exp(-tl.abs(d))  # log(1 + small) is small - small^2 / 2 where 1 + small would lose its digits
-        d = tl.maximum(d, 0) + tl.where(small < 1e-3, small * (1 - small * (0.5 - small / 3)), tl.log(1 + small))
+        small = tl.exp(-tl.abs(d))
+        more = 1 + small  # log(1 + small) without loss: the rounding of 1 + small cancels in the quotient
+        d = tl.maximum(d, 0) + tl.where(more == 1, small, tl.log(more) * (small / tl.where(more == 1, 1, more - 1)))
     return tl.where(inside, d, 0), slope
 
 
@@ -101,7 +102,7 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr,
 ):  # fmt: skip
     """BD channels of one row of the batch a program, all times in order; y is collected and stored a chunk at a time."""
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    b = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BD + tl.arange(0, BD)  # (BD,)
     n = tl.arange(0, NP)
     tile = c[:, None] * N + n[None, :]  # (BD, NP)
@@ -109,29 +110,30 @@ def forward_kernel(
     decay = tl.load(A + tile, inside, 0).to(tl.float32)
     h = tl.zeros((BD, NP), tl.float32)
     if initial is not None:
-        h += tl.load(initial + b * DS * N + tile, inside, 0).to(tl.float32)
+        h += tl.load(initial + b.to(tl.int64) * DS * N + tile, inside, 0).to(tl.float32)
     bias = tl.zeros((BD,), tl.float32)
     if delta_bias is not None:
         bias += tl.load(delta_bias + c, c < DS, 0).to(tl.float32)
     chunks = tl.cdiv(T, K)
     row = tl.arange(0, K)[:, None]
     for chunk in range(chunks):
-        tl.store(borders + (b * chunks + chunk) * DS * N + tile, h, inside)
+        tl.store(borders + (b * chunks + chunk).to(tl.int64) * DS * N + tile, h, inside)
         out = tl.zeros((K, BD), tl.float32)
         for k in range(K):
-            t = tl.full((), chunk * K + k, tl.int32)
-            at = (b * T + t) * DS + c
-            d, _ = step_size(delta, at, (c < DS) & (t < T), bias, SOFTPLUS)
-            x = d * tl.load(u + at, (c < DS) & (t < T), 0).to(tl.float32)
-            Bt = tl.load(B + (b * T + t) * N + n, (n < N) & (t < T), 0).to(tl.float32)
-            Ct = tl.load(C + (b * T + t) * N + n, (n < N) & (t < T), 0).to(tl.float32)
+            t = chunk * K + k
+            many, few = tl.where(t < T, DS, 0), tl.where(t < T, N, 0)  # past the end all is masked
+            at = (b * T + t).to(tl.int64) * DS + c
+            d, _ = step_size(delta, at, c < many, bias, SOFTPLUS)
+            x = d * tl.load(u + at, c < many, 0).to(tl.float32)
+            Bt = tl.load(B + (b * T + t).to(tl.int64) * N + n, n < few, 0).to(tl.float32)
+            Ct = tl.load(C + (b * T + t).to(tl.int64) * N + n, n < few, 0).to(tl.float32)
             a = tl.exp(d[:, None] * decay)  # past the end d is 0, and h stays
             if keep is not None:
-                a *= tl.load(keep + b * T + tl.minimum(t, T - 1))
+                a *= tl.where(t < T, tl.load(keep + b * T + tl.minimum(t, T - 1)), 1.0)
             h = a * h + x[:, None] * Bt[None, :]
             out = tl.where(row == k, tl.sum(h * Ct[None, :], 1)[None, :], out)
         t = chunk * K + row
-        at = (b * T + t) * DS + c[None, :]
+        at = (b * T + t).to(tl.int64) * DS + c[None, :]
         mask = (t < T) & (c < DS)[None, :]
         if D is not None:
             out += tl.load(D + c, c < DS, 0).to(tl.float32)[None, :] * tl.load(u + at, mask, 0).to(tl.float32)
@@ -139,7 +141,7 @@ def forward_kernel(
             gate = tl.load(z + at, mask, 0).to(tl.float32)
             out *= gate * tl.sigmoid(gate)
         tl.store(y + at, out, mask)
-    tl.store(final + b * DS * N + tile, h, inside)
+    tl.store(final + b.to(tl.int64) * DS * N + tile, h, inside)
 
 
 @triton.jit
@@ -153,7 +155,7 @@ def backward_kernel(
     narrow (2, B, T, blocks, N) are the shares of dB and dC, `share` numbers each; square (2, B, D, N) those of A and the
     initial state's gradient, once (2, B, D) those of D and delta_bias.
     """
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    b = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     c = block * BD + tl.arange(0, BD)
     n = tl.arange(0, NP)
@@ -169,36 +171,38 @@ def backward_kernel(
         skip += tl.load(D + c, c < DS, 0).to(tl.float32)
     dh = tl.zeros((BD, NP), tl.float32)
     if dfinal is not None:
-        dh += tl.load(dfinal + b * DS * N + tile, inside, 0).to(tl.float32)
+        dh += tl.load(dfinal + b.to(tl.int64) * DS * N + tile, inside, 0).to(tl.float32)
     sum_A, sum_D, sum_bias = tl.zeros((BD, NP), tl.float32), zeros, zeros
     chunks = tl.cdiv(T, K)
     for done in range(chunks):
         chunk = chunks - 1 - done
-        h = tl.load(borders + (b * chunks + chunk) * DS * N + tile, inside, 0)
+        h = tl.load(borders + (b * chunks + chunk).to(tl.int64) * DS * N + tile, inside, 0)
         for k in range(K):
-            t = tl.full((), chunk * K + k, tl.int32)
-            at = (b * T + t) * DS + c
+            t = chunk * K + k
+            many, few = tl.where(t < T, DS, 0), tl.where(t < T, N, 0)  # past the end all is masked
+            at = (b * T + t).to(tl.int64) * DS + c
             tl.store(scratch + k * BD * NP + local, h)
-            d, _ = step_size(delta, at, (c < DS) & (t < T), bias, SOFTPLUS)
-            x = d * tl.load(u + at, (c < DS) & (t < T), 0).to(tl.float32)
-            Bt = tl.load(B + (b * T + t) * N + n, (n < N) & (t < T), 0).to(tl.float32)
+            d, _ = step_size(delta, at, c < many, bias, SOFTPLUS)
+            x = d * tl.load(u + at, c < many, 0).to(tl.float32)
+            Bt = tl.load(B + (b * T + t).to(tl.int64) * N + n, n < few, 0).to(tl.float32)
             a = tl.exp(d[:, None] * decay)
             if keep is not None:
-                a *= tl.load(keep + b * T + tl.minimum(t, T - 1))
+                a *= tl.where(t < T, tl.load(keep + b * T + tl.minimum(t, T - 1)), 1.0)
             h = a * h + x[:, None] * Bt[None, :]
         tl.debug_barrier()
         for back in range(K):
             k = K - 1 - back
-            t = tl.full((), chunk * K + k, tl.int32)
-            at = (b * T + t) * DS + c
-            mask = (c < DS) & (t < T)
+            t = chunk * K + k
+            many, few = tl.where(t < T, DS, 0), tl.where(t < T, N, 0)  # past the end all is masked
+            at = (b * T + t).to(tl.int64) * DS + c
+            mask = c < many
             d, slope = step_size(delta, at, mask, bias, SOFTPLUS)
             ut = tl.load(u + at, mask, 0).to(tl.float32)
-            Bt = tl.load(B + (b * T + t) * N + n, (n < N) & (t < T), 0).to(tl.float32)
-            Ct = tl.load(C + (b * T + t) * N + n, (n < N) & (t < T), 0).to(tl.float32)
+            Bt = tl.load(B + (b * T + t).to(tl.int64) * N + n, n < few, 0).to(tl.float32)
+            Ct = tl.load(C + (b * T + t).to(tl.int64) * N + n, n < few, 0).to(tl.float32)
             ah = tl.exp(d[:, None] * decay)
             if keep is not None:
-                ah *= tl.load(keep + b * T + tl.minimum(t, T - 1))
+                ah *= tl.where(t < T, tl.load(keep + b * T + tl.minimum(t, T - 1)), 1.0)
             a = ah
             ah *= tl.load(scratch + k * BD * NP + local)
             g = tl.zeros((BD,), tl.float32)
@@ -212,9 +216,9 @@ def backward_kernel(
                 tl.store(dz + at, g * plain * s * (1 + gate * (1 - s)), mask)
                 g *= gate * s
             dh += g[:, None] * Ct[None, :]
-            place = ((b * T + t) * blocks + block) * N + n
-            tl.store(narrow + share + place, tl.sum(h * g[:, None], 0), (n < N) & (t < T))
-            tl.store(narrow + place, tl.sum(dh * (d * ut)[:, None], 0), (n < N) & (t < T))
+            place = ((b * T + t).to(tl.int64) * blocks + block) * N + n
+            tl.store(narrow + share + place, tl.sum(h * g[:, None], 0), n < few)
+            tl.store(narrow + place, tl.sum(dh * (d * ut)[:, None], 0), n < few)
             dx = tl.sum(dh * Bt[None, :], 1)
             ah *= dh
             sum_A += ah * d[:, None]
@@ -225,8 +229,8 @@ def backward_kernel(
             sum_bias += tl.where(mask, dd, 0)
             dh *= a
         tl.debug_barrier()
-    tl.store(square + b * DS * N + tile, sum_A, inside)
-    tl.store(square + (tl.num_programs(0) // blocks + b) * DS * N + tile, dh, inside)
+    tl.store(square + b.to(tl.int64) * DS * N + tile, sum_A, inside)
+    tl.store(square + (tl.num_programs(0) // blocks + b).to(tl.int64) * DS * N + tile, dh, inside)
     tl.store(once + b * DS + c, sum_D, c < DS)
     tl.store(once + (tl.num_programs(0) // blocks + b) * DS + c, sum_bias, c < DS)
 
@@ -323,7 +327,7 @@ def time_first(*tensors: Tensor | None, dtype: torch.dtype) -> list[Tensor | Non
 def blocks_of(D: int, N: int, T: int) -> dict:
     """About 512 numbers of state a program: 32 channels at N = 16."""
     NP = power_of_2(N)
-    return dict(K=32 if T > 64 else 8, BD=min(power_of_2(D), max(1, 512 // NP)), NP=NP, num_warps=1)
+    return dict(K=32 if T > 64 else 8, BD=min(power_of_2(D), max(1, 512 // NP)), NP=NP, num_warps=2)
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -373,9 +377,7 @@ class SelectiveScan(torch.autograd.Function):
             blocks = -(-DS // options["BD"])
             dy, dfinal = (None if d is None else d.contiguous() for d in (dy, dfinal))
             du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-            narrow, square, once = (
-                u.new_empty(2, batch, *shape, dtype=wide) for shape in ((T, blocks, N), (DS, N), (DS,))
-            )
+            narrow, square, once = (u.new_empty(2, batch, *shape, dtype=wide) for shape in ((T, blocks, N), (DS, N), (DS,)))
             scratch = u.new_empty(batch * blocks, options["K"], options["BD"], options["NP"], dtype=wide)
             launch(
                 backward_kernel, (batch * blocks,), u, delta, A, B, C, D, z, delta_bias, keep, borders, dy, dfinal, scratch,
@@ -448,24 +450,11 @@ def selective_scan(
     return SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, delta_softplus)
 
 
-def step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    *,
-    state: Tensor,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
+def step(u, delta, A, B, C, D=None, z=None, *, state: Tensor, **options) -> tuple[Tensor, Tensor]:
     """One time of selective_scan: u, delta, z (B, D), B, C (B, N), state (B, D, N). Returns y (B, D) and the next state."""
     require(u.ndim == 2, "u", f"(B, D), not {tuple(u.shape)}")
-    many = [None if x is None else x.unsqueeze(1) for x in (u, delta, B, C, z)]
-    options = dict(delta_bias=delta_bias, delta_softplus=delta_softplus, initial_state=state)
-    y, state = selective_scan(many[0], many[1], A, many[2], many[3], D, many[4], **options)
+    u, delta, B, C, z = (None if x is None else x.unsqueeze(1) for x in (u, delta, B, C, z))
+    y, state = selective_scan(u, delta, A, B, C, D, z, initial_state=state, **options)
     return y.squeeze(1), state
 
 

@@ -1,9 +1,10 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import attention
+from kernels.rmsnorm import rms_norm
 from nn.attention.cache import KVCache
-from nn.attention.softmax import attend, visible
+from nn.attention.documents import document_spans
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
@@ -66,11 +67,11 @@ class GQA(nn.Module):
             v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
         q, k = self.rotate(q, context), self.rotate(k, context)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            q, k = rms_norm(q), rms_norm(k)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
         if context.state is not None:
-            k, v = context.state.append(k, v)  # (B, K, S, D)
-        y = attend(q, k, v, causal=context.causal, same_document=visible(context))
+            k, v = (u.to(q.dtype) for u in context.state.append(k, v))  # (B, K, S, D); under autocast they may differ
+        y = attention(q, k, v, causal=context.causal, shared_spans=document_spans(context))
         return self.out(y.transpose(1, 2).flatten(2))
 
     def heads_of(self, x: Tensor) -> Tensor:

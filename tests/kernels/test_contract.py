@@ -15,7 +15,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def quick(examples: int):
-    return settings(max_examples=examples, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+    options = dict(deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+    return settings(max_examples=examples, **options)
 
 
 def draw_from(data) -> Draw:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.glu import GATES, NAMES, activate, glu
+from kernels.glu import GATES, NAMES, activate, glu, value_and_slope
 from kernels.launch import use
 from tests.kernels.contract import interpreted
 
@@ -76,26 +76,47 @@ def test_packed_is_the_same_as_apart(path, activation):
         assert torch.equal(*(torch.autograd.grad(r, both, dy)[0] for r in (y, z)))
 
 
+def exact(points: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """f and f' by PyTorch in float64."""
+    x = points.detach().double().requires_grad_()
+    f = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu2": lambda x: F.relu(x) ** 2,
+         "star_relu": lambda x: math.sqrt(0.8) * F.relu(x) ** 2 - math.sqrt(0.2)}.get(activation)  # fmt: skip
+    y = (f or getattr(F, activation))(x)
+    return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+
+NEAR = torch.linspace(-4, 4, 33)  # zero is one of them
+FAR = torch.tensor([-1e4, -90.0, -20.0, 20.0, 90.0, 1e4])
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("activation", NAMES)
+def test_the_equations_are_pytorchs(activation):
+    if activation != "star_relu":
+        got = value_and_slope(NEAR.double().numpy(), activation)
+        torch.testing.assert_close(tuple(map(torch.from_numpy, got)), exact(NEAR, activation), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_far_from_zero_and_at_it(path, activation, dtype):
+def test_near_zero_and_far_from_it(path, activation, dtype):
     """No infinity times zero far out, no slope at zero where there is a corner, and NaN stays NaN."""
-    points = torch.tensor([-1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4], dtype=dtype).requires_grad_()
+    points = torch.cat([NEAR, FAR]).to(dtype).requires_grad_()
+    up = torch.full_like(points, 3.0).requires_grad_()
+    value, slope = exact(points, activation)
+    close = dict(rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)  # PyTorch's own gelu needs 8
     with use(path):
         y = activate(points, activation=activation)
-        (slope,) = torch.autograd.grad(y.sum(), points)
-        nan = activate(torch.full((3,), math.nan, dtype=dtype), activation=activation)
-    exact = points.detach().double().requires_grad_()
-    f = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu2": lambda x: F.relu(x) ** 2,
-         "star_relu": lambda x: math.sqrt(0.8) * F.relu(x) ** 2 - math.sqrt(0.2)}.get(activation)  # fmt: skip
-    want = (f or getattr(F, activation))(exact)
-    (slope_wanted,) = torch.autograd.grad(want.sum(), exact)
-    near = dict(rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
-    torch.testing.assert_close(y.double(), want, **near)
-    torch.testing.assert_close(slope.double(), slope_wanted, **near)
-    assert nan.isnan().all()
+        torch.testing.assert_close(y.double(), value, **close)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), points)[0].double(), slope, **close)
+        if activation in GATES:
+            y = glu(points, up, activation=activation)
+            torch.testing.assert_close(y.double(), 3 * value, **close)
+            for got, want in zip(torch.autograd.grad(y.sum(), (points, up)), (3 * slope, value), strict=True):
+                torch.testing.assert_close(got.double(), want, **close)
+        assert activate(torch.full((3,), math.nan, dtype=dtype), activation=activation).isnan().all()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,0 +1,685 @@
+"""Linear attention in chunks: a matrix state that decays by nothing, by one number a head, or by one a channel.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T            S (D, V) a head; g is 0, (H,), (B, T, H) or (B, T, H, D), at most 0
+    o_t = scale S_t^T q_t
+
+g = 0 is linear attention (Katharopoulos et al. 2020, arXiv:2006.16236); a constant a head, retention (Sun et al. 2023,
+arXiv:2307.08621) and lightning attention (Qin et al. 2024, arXiv:2401.04658); one number a head and time, Mamba-2 (ssd.py);
+one a channel, GLA (Yang et al. 2023, arXiv:2312.06635) and HGRN2 (Qin et al. 2024, arXiv:2404.07904: k = 1 - exp(g)).
+
+Within a chunk of L times, c the running sum of g in it, o_i = sum_{j <= i} (q_i exp(c_i - c_j) k_j) v_j + (q_i exp(c_i)) S.
+With gates a channel the exponential does not leave the product, and exp(-c_j) alone overflows: GLA's section 4.3 takes c
+relative to sub-chunks. Here the chunk is halved again and again: between the later and the earlier half of a block c is
+taken relative to the middle, q exp(c_i - c_m) and k exp(c_m - c_j), so that all exponents are at most 0 and all is matmuls.
+With documents, runs of equal numbers, the state is dropped at a run's first time; the initial state belongs to the first.
+
+With B T H rows of D and V numbers of b bytes (log2 L more products of L D with gates a channel):
+    forward    2 B T H (L (D + V) / 2 + 2 D V) FLOPs      B T H (2 D + 2 V) b + 8 B T H D V / L bytes moved
+    backward   2 B T H (5 L (D + V) / 4 + 5 D V) FLOPs    B T H (4 D + 3 V) b + 16 B T H D V / L bytes moved
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.launch import dot, launch, on_triton, power_of_2, tl, triton
+from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
+
+# B batch, T time, H heads, G groups of heads that share q and k, D key width, V value width, L times of a chunk, n chunks
+
+
+def decays(q, v, g, documents):
+    """exp(g) as (B, T, H, D), 0 where a document begins."""
+    a = np.ones((*v.shape[:3], q.shape[-1]))
+    if g is not None:
+        a = a * np.exp(g if g.ndim == 4 else g[..., None])
+    if documents is not None and v.shape[1] > 0:
+        a[:, 1:] *= (documents[:, 1:] == documents[:, :-1])[..., None, None]
+    return a
+
+
+def reference(q, k, v, g=None, *, scale=None, initial_state=None, documents=None):
+    (B, T, H, V), D = v.shape, q.shape[-1]
+    scale, a = D**-0.5 if scale is None else scale, decays(q, v, g, documents)
+    q, k = (np.repeat(x, H // q.shape[2], 2) for x in (q, k))
+    S = np.zeros((B, H, D, V)) if initial_state is None else initial_state
+    o = np.zeros(v.shape)
+    for t in range(T):
+        S = a[:, t, ..., None] * S + k[:, t, ..., None] * v[:, t, :, None]
+        o[:, t] = scale * (q[:, t, ..., None] * S).sum(2)
+    return o, S
+
+
+def reference_backward(grads, q, k, v, g=None, *, scale=None, initial_state=None, documents=None):
+    (B, T, H, V), (G, D) = v.shape, q.shape[2:]
+    scale, a = D**-0.5 if scale is None else scale, decays(q, v, g, documents)
+    q, k = (np.repeat(x, H // G, 2) for x in (q, k))
+    S = [np.zeros((B, H, D, V)) if initial_state is None else initial_state]
+    for t in range(T):
+        S.append(a[:, t, ..., None] * S[t] + k[:, t, ..., None] * v[:, t, :, None])
+    dq, dk, dv, dg = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(a.shape)
+    do = np.zeros(v.shape) if grads[0] is None else grads[0]
+    dS = np.zeros(S[0].shape) if grads[1] is None else grads[1]
+    for t in reversed(range(T)):
+        dq[:, t] = scale * (S[t + 1] * do[:, t, :, None]).sum(-1)
+        dS = dS + scale * q[:, t, ..., None] * do[:, t, :, None]
+        dk[:, t], dv[:, t] = (dS * v[:, t, :, None]).sum(-1), (dS * k[:, t, ..., None]).sum(2)
+        dg[:, t] = a[:, t] * (dS * S[t]).sum(-1)
+        dS = a[:, t, ..., None] * dS
+    dq, dk = (x.reshape(B, T, G, H // G, D).sum(3) for x in (dq, dk))
+    found = dict(q=dq, k=dk, v=dv)
+    if g is not None:
+        found["g"] = dg if g.ndim == 4 else dg.sum(-1) if g.ndim == 3 else dg.sum((0, 1, 3))
+    if initial_state is not None:
+        found["initial_state"] = dS
+    return found
+
+
+@triton.jit
+def rows(x, b, t, h, d, T, H, D):
+    """x[b, t, h, d] as (times, numbers), 0 outside; t may be a column of times and d a row of numbers."""
+    at = ((b * T + t).to(tl.int64) * H + h) * D + d
+    return tl.load(x + at, (t < T) & (d < D), 0)
+
+
+@triton.jit
+def summed(chosen, g, b, t, h, d, T, H, D, GATE: tl.constexpr):
+    """Sums of the log decay over the times that each row of `chosen` (rows, L) names: no difference of longer sums, which
+    would lose the digits of the small ones. (rows, 1) for one a head, (rows, numbers) for one a channel; t is (L, 1)."""
+    if GATE == 2:
+        now = rows(g, b, t, h, d, T, H, D).to(tl.float32)
+        total = dot(tl.where(chosen, 1.0, 0.0), now, tl.zeros((chosen.shape[0], d.shape[1]), tl.float32))
+    else:
+        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
+        total = tl.sum(tl.where(chosen, tl.trans(now), 0), 1, keep_dims=True)
+    return total
+
+
+@triton.jit
+def edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE: tl.constexpr):
+    """How much of the incoming state times t see, and how much of them is in the outgoing one."""
+    seen, left = tl.full(t.shape, 1, tl.float32), tl.full(t.shape, 1, tl.float32)
+    if GATE > 0:
+        seen = tl.exp(summed(row >= tl.trans(row), g, b, t, h, d, T, H, D, GATE))
+        left = tl.exp(summed(row < tl.trans(row), g, b, t, h, d, T, H, D, GATE))
+    if runs is not None:
+        run = tl.load(runs + b * T + t, t < T, -1)
+        before = tl.load(runs + b * T + tl.maximum(first - 1, 0))
+        after = tl.load(runs + b * T + last)
+        seen = tl.where(run == tl.where(first > 0, before, 0), seen, 0)
+        left = tl.where(run == after, left, 0)
+    return seen, left
+
+
+@triton.jit
+def through(g, runs, b, t, h, d, first, last, T, H, D, GATE: tl.constexpr):
+    """How much of the incoming state is in the outgoing one: (1, numbers)."""
+    kept = tl.full(d.shape, 1, tl.float32)
+    if GATE == 2:
+        kept = tl.exp(tl.sum(rows(g, b, t, h, d, T, H, D).to(tl.float32), 0, keep_dims=True))
+    if GATE == 1:
+        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
+        kept *= tl.exp(tl.sum(now, 0, keep_dims=True))
+    if runs is not None:
+        before = tl.load(runs + b * T + tl.maximum(first - 1, 0))
+        kept = tl.where(tl.load(runs + b * T + last) == tl.where(first > 0, before, 0), kept, 0)
+    return kept
+
+
+@triton.jit
+def states_kernel(
+    x, v, g, runs, start, borders, end, scale, T, n, H, G, D, V, VB,
+    GATE: tl.constexpr, BACK: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The state from chunk to chunk, a block of it a program. Forward: x is k, borders get the state a chunk begins with.
+    Backward: x is q and v the gradient of o; borders get the gradient of the state that a chunk ends with."""
+    head = tl.program_id(1)
+    b, h = head // H, head % H
+    d, e = tl.program_id(0) // VB * BD + tl.arange(0, BD), tl.program_id(0) % VB * BV + tl.arange(0, BV)
+    tile = d[:, None] * V + e[None, :]
+    inside = (d < D)[:, None] & (e < V)[None, :]
+    S = tl.zeros((BD, BV), tl.float32)
+    if start is not None:
+        S += tl.load(start + head.to(tl.int64) * D * V + tile, inside, 0).to(tl.float32)
+    for i in range(n):
+        chunk = n - 1 - i if BACK else i
+        first = chunk * L
+        last = tl.minimum(first + L, T) - 1
+        tl.store(borders + (head * n + chunk).to(tl.int64) * D * V + tile, S, inside)
+        row = tl.arange(0, L)[:, None]
+        t = first + row
+        values = rows(v, b, t, h, e[None, :], T, H, V)
+        seen, left = edges(g, runs, b, t, row, h, d[None, :], first, last, T, H, D, GATE)
+        weighted = rows(x, b, t, h // (H // G), d[None, :], T, G, D).to(tl.float32) * (seen * scale if BACK else left)
+        S *= tl.trans(through(g, runs, b, t, h, d[None, :], first, last, T, H, D, GATE))
+        S = dot(tl.trans(weighted.to(values.dtype)), values, S)
+    if end is not None:
+        tl.store(end + head.to(tl.int64) * D * V + tile, S, inside)
+
+
+@triton.jit
+def half(row, s):
+    """Of blocks of 2 s times: whether row i is in the later half, and (i, j) which times lie between it and the middle."""
+    later, other = (row & s) > 0, tl.trans(row)
+    return later, ((row ^ other) < s) & tl.where(later, other <= row, other > row)
+
+
+@triton.jit
+def scores(A, q, k, g, b, t, row, h, d, T, H, D, GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr):
+    """A + q k^T of one block of channels, with gates a channel decayed; for j > i without meaning."""
+    if GATE == 2:
+        A += tl.where(row == tl.trans(row), tl.sum(q.to(tl.float32) * k.to(tl.float32), 1, keep_dims=True), 0)
+        for level in range(LEVELS):
+            s = L >> (level + 1)
+            later, between = half(row, s)
+            size = tl.exp(summed(between, g, b, t, h, d, T, H, D, GATE))
+            x, y = tl.where(later, q * size, 0).to(q.dtype), tl.where(later, 0, k * size).to(k.dtype)
+            A += tl.where((row ^ tl.trans(row)) < 2 * s, dot(x, tl.trans(y), tl.zeros((L, L), tl.float32)), 0)
+    else:
+        A = dot(q, tl.trans(k), A)
+    return A
+
+
+@triton.jit
+def weights(g, runs, b, t, row, h, T, H, GATE: tl.constexpr, L: tl.constexpr):
+    """What scores (L, L) are multiplied by: 1 or the decay of a head where j <= i of the same run, else 0."""
+    i, j = t, tl.trans(t)
+    seen = i >= j
+    if runs is not None:
+        seen = seen & (tl.load(runs + b * T + i, i < T, -1) == tl.load(runs + b * T + j, j < T, -1))
+    w = tl.full((L, L), 1, tl.float32)
+    if GATE == 1:
+        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
+        until = tl.where(row >= tl.trans(row), 1.0, 0.0)  # (i, l): l <= i
+        w = tl.exp(dot(until, tl.where(row > tl.trans(row), now, 0), tl.zeros((L, L), tl.float32)))  # sums of j < l <= i
+    return tl.where(seen, w, 0)
+
+
+@triton.jit
+def output_kernel(
+    q, k, v, g, runs, borders, o, scale, T, n, H, G, D, V, VB,
+    GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One chunk and one block of values a program."""
+    head, chunk = tl.program_id(1), tl.program_id(0) // VB
+    b, h, first = head // H, head % H, chunk * L
+    row, e = tl.arange(0, L)[:, None], tl.program_id(0) % VB * BV + tl.arange(0, BV)[None, :]
+    t, last = first + row, tl.minimum(first + L, T) - 1
+    A, out = tl.zeros((L, L), tl.float32), tl.zeros((L, BV), tl.float32)
+    for block in range(BLOCKS):
+        d = block * BD + tl.arange(0, BD)[None, :]
+        queries, keys = (rows(q, b, t, h // (H // G), d, T, G, D), rows(k, b, t, h // (H // G), d, T, G, D))
+        seen, _ = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
+        at = (head * n + chunk).to(tl.int64) * D * V + tl.trans(d) * V + e
+        S = tl.load(borders + at, (tl.trans(d) < D) & (e < V), 0)
+        out = dot((queries * seen).to(queries.dtype), S.to(queries.dtype), out)
+        A = scores(A, queries, keys, g, b, t, row, h, d, T, H, D, GATE, L, LEVELS)
+    A *= weights(g, runs, b, t, row, h, T, H, GATE, L)
+    values = rows(v, b, t, h, e, T, H, V)
+    out = dot(A.to(values.dtype), values, out) * scale
+    tl.store(o + ((b * T + t).to(tl.int64) * H + h) * V + e, out, (t < T) & (e < V))
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, g, runs, borders, dborders, do, dq, dk, dv, dg, scale, T, n, H, G, D, V,
+    GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    DB: tl.constexpr, VB: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head a program. The decay's gradient at t is what flows from times before t to t and later: pairs
+    within the chunk, into it, out of it, and through it; no sum reaches beyond the chunk, so none loses its digits."""
+    head, chunk = tl.program_id(1), tl.program_id(0)
+    b, h, first = head // H, head % H, chunk * L
+    group = h // (H // G)
+    row = tl.arange(0, L)[:, None]
+    t, last = first + row, tl.minimum(first + L, T) - 1
+    state = (head * n + chunk).to(tl.int64) * D * V
+    A, dA = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
+    for block in range(DB):
+        d = block * BD + tl.arange(0, BD)[None, :]
+        queries, keys = rows(q, b, t, group, d, T, G, D), rows(k, b, t, group, d, T, G, D)
+        A = scores(A, queries, keys, g, b, t, row, h, d, T, H, D, GATE, L, LEVELS)
+    for block in range(VB):
+        e = block * BV + tl.arange(0, BV)[None, :]
+        dA = dot(rows(do, b, t, h, e, T, H, V), tl.trans(rows(v, b, t, h, e, T, H, V)), dA)
+    w = weights(g, runs, b, t, row, h, T, H, GATE, L) * scale
+    A *= w
+    for block in range(VB):
+        e = block * BV + tl.arange(0, BV)[None, :]
+        douts = rows(do, b, t, h, e, T, H, V)
+        found = dot(tl.trans(A.to(douts.dtype)), douts, tl.zeros((L, BV), tl.float32))
+        for inner in range(DB):
+            d = inner * BD + tl.arange(0, BD)[None, :]
+            _, left = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
+            keys = rows(k, b, t, group, d, T, G, D)
+            dS = tl.load(dborders + state + tl.trans(d) * V + e, (tl.trans(d) < D) & (e < V), 0)
+            found = dot((keys * left).to(keys.dtype), dS.to(keys.dtype), found)
+        tl.store(dv + ((b * T + t).to(tl.int64) * H + h) * V + e, found, (t < T) & (e < V))
+    later = row >= tl.trans(row)  # (i, t): i at or after t
+    slope = tl.zeros((1, L), tl.float32)
+    if GATE == 1:
+        before = tl.where(row < tl.trans(row), 1.0, 0.0)
+        straddling = dot(A * dA, before, tl.zeros((L, L), tl.float32))  # (i, t): all pairs (i, j) with j before t
+        slope += tl.sum(tl.where(later, straddling, 0), 0, keep_dims=True)
+    dA *= w
+    for block in range(DB):
+        d = block * BD + tl.arange(0, BD)[None, :]
+        queries, keys = rows(q, b, t, group, d, T, G, D), rows(k, b, t, group, d, T, G, D)
+        dqs, dks = tl.zeros((L, BD), tl.float32), tl.zeros((L, BD), tl.float32)
+        kept = tl.zeros((1, BD), tl.float32)
+        for inner in range(VB):
+            e = inner * BV + tl.arange(0, BV)[:, None]
+            inside = (e < V) & (d < D)
+            S = tl.load(borders + state + d * V + e, inside, 0)  # (BV, BD)
+            dS = tl.load(dborders + state + d * V + e, inside, 0)
+            dqs = dot(rows(do, b, t, h, tl.trans(e), T, H, V), S.to(queries.dtype), dqs)
+            dks = dot(rows(v, b, t, h, tl.trans(e), T, H, V), dS.to(queries.dtype), dks)
+            kept += tl.sum(S * dS, 0, keep_dims=True)
+        seen, left = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
+        dqs *= seen * scale
+        dks *= left
+        if GATE > 0:
+            kept *= through(g, runs, b, t, h, d, first, last, T, H, D, GATE)
+        into, out_of = queries * dqs, keys * dks
+        if GATE == 1:
+            into, out_of = tl.sum(into, 1, keep_dims=True), tl.sum(out_of, 1, keep_dims=True)
+            slope += tl.sum(tl.where(later, into, 0) + tl.where(later, 0, out_of), 0, keep_dims=True) + tl.sum(kept)
+        if GATE == 2:
+            slopes = dot(tl.where(tl.trans(later), 1.0, 0.0), into, tl.zeros((L, BD), tl.float32)) + kept
+            slopes = dot(tl.where(tl.trans(later), 0.0, 1.0), out_of, slopes)
+            own = tl.sum(tl.where(row == tl.trans(row), dA, 0), 1, keep_dims=True)
+            dqs += own * keys
+            dks += own * queries
+            for level in range(LEVELS):
+                s = L >> (level + 1)
+                is_later, between = half(row, s)
+                size = tl.exp(summed(between, g, b, t, h, d, T, H, D, GATE))
+                pairs = tl.where((row ^ tl.trans(row)) < 2 * s, dA, 0).to(queries.dtype)
+                x, y = (
+                    tl.where(is_later, queries * size, 0).to(queries.dtype),
+                    tl.where(is_later, 0, keys * size).to(keys.dtype),
+                )
+                dx = tl.where(is_later, dot(pairs, y, tl.zeros((L, BD), tl.float32)) * size, 0)
+                dy = tl.where(is_later, 0, dot(tl.trans(pairs), x, tl.zeros((L, BD), tl.float32)) * size)
+                slopes = dot(tl.trans(tl.where(between, 1.0, 0.0)), queries * dx + keys * dy, slopes)
+                dqs += dx
+                dks += dy
+            tl.store(dg + ((b * T + t).to(tl.int64) * H + h) * D + d, slopes, (t < T) & (d < D))
+        else:
+            dqs = dot(dA.to(keys.dtype), keys, dqs)
+            dks = dot(tl.trans(dA.to(queries.dtype)), queries, dks)
+        at = ((b * T + t).to(tl.int64) * H + h) * D + d
+        tl.store(dq + at, dqs, (t < T) & (d < D))
+        tl.store(dk + at, dks, (t < T) & (d < D))
+    if GATE == 1:
+        times = first + tl.arange(0, L)[None, :]
+        tl.store(dg + (b * T + times).to(tl.int64) * H + h, slope, times < T)
+
+
+def chunked(x: Tensor, L: int) -> Tensor:
+    """(B, T, H, ...) as (B, H, n, L, ...), the last chunk filled with zeros."""
+    B, T = x.shape[:2]
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))
+    return x.unflatten(1, (-1, L)).movedim(3, 1).contiguous()
+
+
+def whole(x: Tensor, T: int) -> Tensor:
+    """(B, H, n, L, ...) as (B, T, H, ...)."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :T]
+
+
+def blocks(P: Tensor, s: int) -> Tensor:
+    """Of P (..., L, L) the blocks between later and earlier halves of 2 s, as (..., s, s, L / 2 s), a view."""
+    many = P.shape[-1] // (2 * s)
+    return P.unflatten(-1, (many, 2, s)).unflatten(-4, (many, 2, s))[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
+
+
+def split(x: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """x (..., L, D) as the earlier and the later halves of blocks of 2 s, each (..., L / 2 s, s, D)."""
+    return x.unflatten(-2, (-1, 2, s)).unbind(-3)
+
+
+def until(x: Tensor) -> Tensor:
+    """Sums over the times of a chunk up to each."""
+    return x.cumsum(-2)
+
+
+def since(x: Tensor) -> Tensor:
+    """Sums over the times of a chunk from each on."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
+def before(x: Tensor) -> Tensor:
+    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+
+
+def after(x: Tensor) -> Tensor:
+    return F.pad(since(x[..., 1:, :]), (0, 0, 0, 1))
+
+
+class Chunks:
+    """The chunked form in PyTorch: all chunks at once, (B, H, n, L, ...); g (..., 1 or D) or None. Every exponent is a sum
+    of its own, not a difference of longer sums, which would lose the digits of the small ones."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float):
+        self.H, self.G, T = v.shape[2], q.shape[2], v.shape[1]
+        self.T, self.scale, self.wide = T, scale, torch.promote_types(v.dtype, torch.float32)
+        self.gate = 0 if g is None else g.ndim - 2
+        L = self.L = min(32 if self.gate == 2 else 64, power_of_2(T))
+        q, k = (x.repeat_interleave(self.H // self.G, 2) if self.G < self.H else x for x in (q, k))
+        self.q, self.k, self.v = (chunked(x.to(self.wide), L) for x in (q, k, v))
+        ones = self.v.new_ones(())
+        self.seen, self.left, self.through, self.g = ones, ones, ones, None
+        if g is not None:
+            g = self.g = chunked(g.to(self.wide) if g.ndim == 4 else g.to(self.wide).unsqueeze(-1), L)
+            self.seen, self.left, self.through = until(g).exp_(), after(g).exp_(), g.sum(-2).exp_().unsqueeze(-1)
+        mask = torch.ones(L, L, dtype=torch.bool, device=v.device).tril()
+        if runs is not None:
+            runs = torch.cat([runs, runs[:, -1:].expand(-1, -T % L)], 1).unflatten(1, (-1, L)).unsqueeze(1)  # (B, 1, n, L)
+            last = runs[..., -1:]
+            earlier = F.pad(last[..., :-1, :], (0, 0, 1, 0))
+            self.seen = self.seen * (runs == earlier).unsqueeze(-1)
+            self.left = self.left * (runs == last).unsqueeze(-1)
+            self.through = self.through * (earlier == last).unsqueeze(-1)
+            mask = mask & (runs.unsqueeze(-1) == runs.unsqueeze(-2))
+        self.w = mask.to(self.wide) * scale
+        if self.gate == 1:
+            between = g.expand(*g.shape[:-1], L).tril(-1).cumsum_(-2)  # (i, j): the sum over j < l <= i
+            self.w = between.exp_().mul_(self.w)
+
+    def halves(self, s: int) -> tuple[Tensor, Tensor]:
+        """The decay from the earlier halves to the middle, and from there to the later ones."""
+        earlier, later = split(self.g, s)
+        return after(earlier).exp_(), until(later).exp_()
+
+    def sizes(self) -> list[int]:
+        return [1 << i for i in range(self.L.bit_length() - 1)]
+
+    def scores(self) -> Tensor:
+        if self.gate < 2:
+            return (self.q @ self.k.mT).mul_(self.w)
+        P = self.q.new_zeros(*self.q.shape[:-1], self.L)
+        P.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
+        for s in self.sizes():
+            earlier, later = self.halves(s)
+            found = (split(self.q, s)[1] * later) @ (split(self.k, s)[0] * earlier).mT  # (..., many, s, s)
+            blocks(P, s).copy_(found.movedim(-3, -1))
+        return P.mul_(self.w)
+
+    def scores_backward(self, P: Tensor, dP: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k and g, from the scores and their gradient."""
+        if self.gate < 2:
+            pairs = None if self.gate == 0 else before((P * dP).mT).mT.tril_().sum(-2).unsqueeze(-1)  # i >= t > j
+            dP = dP * self.w
+            return dP @ self.k, dP.mT @ self.q, pairs
+        dP = dP * self.w
+        own = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        dq, dk, dg = own * self.k, own * self.q, torch.zeros_like(self.g)
+        for s in self.sizes():
+            earlier, later = self.halves(s)
+            q, k, pairs = split(self.q, s)[1], split(self.k, s)[0], blocks(dP, s).movedim(-1, -3)
+            x, y = (pairs @ (k * earlier)).mul_(later), (pairs.mT @ (q * later)).mul_(earlier)
+            for grads, place, new in ((dq, 1, x), (dk, 0, y), (dg, 1, since(q * x)), (dg, 0, before(k * y))):
+                split(grads, s)[place].add_(new)
+        return dq, dk, dg
+
+    def pass_on(self, S: Tensor, added: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        """The recurrence over chunks: the state before each of them (back: after), and what is left at the end."""
+        n = added.shape[2]
+        through = self.through.expand(*added.shape[:3], -1, 1) if self.through.ndim else self.through.expand(1, 1, n, 1, 1)
+        states = torch.empty_like(added)
+        for i in reversed(range(n)) if back else range(n):
+            states[:, :, i] = S
+            S = torch.addcmul(added[:, :, i], through[:, :, i], S)
+        return states, S
+
+    def forward(self, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states, S = self.pass_on(S, (self.k * self.left).mT @ self.v, False)
+        o = self.scores() @ self.v
+        o += (self.q * (self.seen * self.scale)) @ states
+        return whole(o, self.T).contiguous(), states, S.clone()
+
+    def backward(self, do: Tensor, dS: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        do, seen = chunked(do.to(self.wide), self.L), self.seen * self.scale
+        dstates, dinitial = self.pass_on(dS, (self.q * seen).mT @ do, True)
+        P, dP = self.scores(), do @ self.v.mT
+        dv = P.mT @ do
+        dv += (self.k * self.left) @ dstates
+        dq, dk = (do @ states.mT) * seen, (self.v @ dstates.mT) * self.left
+        dq_pairs, dk_pairs, pairs = self.scores_backward(P, dP)
+        dg = dq.new_zeros(())
+        if self.gate:  # what flows from before t to t and later: into, out of and through the chunk, and pairs in it
+            kept = (states * dstates).sum(-1).unsqueeze(-2) * self.through.mT
+            into, out_of = self.q * dq, self.k * dk
+            if self.gate == 1:
+                kept, into, out_of = (x.sum(-1, keepdim=True) for x in (kept, into, out_of))
+            dg = whole(pairs + since(into) + before(out_of) + kept, self.T)
+            dg = (dg if self.gate == 2 else dg.squeeze(-1)).contiguous()
+        dq, dk = (whole(x, self.T).unflatten(2, (self.G, -1)).sum(3) for x in (dq + dq_pairs, dk + dk_pairs))
+        return dq, dk, whole(dv, self.T).contiguous(), dg, dinitial.clone()
+
+
+@torch.library.custom_op("rosetta::linear_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, runs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the states that the chunks begin with, and the last state."""
+    return Chunks(q, k, v, g, runs, scale).forward(initial)
+
+
+@attend.register_fake
+def _(q, k, v, g, initial, runs, scale):
+    (B, T, H, V), D = v.shape, q.shape[-1]
+    L = min(32 if g is not None and g.ndim == 4 else 64, power_of_2(T))
+    return initial.new_empty(v.shape), initial.new_empty(B, H, -(-T // L), D, V), torch.empty_like(initial)
+
+
+@torch.library.custom_op("rosetta::linear_attention_backward", mutates_args=())
+def attend_backward(
+    do: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, states: Tensor, runs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g (of no shape without it) and the initial state."""
+    return Chunks(q, k, v, g, runs, scale).backward(do, dS, states)
+
+
+@attend_backward.register_fake
+def _(do, dS, q, k, v, g, states, runs, scale):
+    return *(states.new_empty(x.shape) for x in (q, k, v)), states.new_empty(() if g is None else g.shape), torch.empty_like(dS)
+
+
+def tiles(q: Tensor, v: Tensor, gate: int) -> dict:
+    """Constants of the kernels: chunks of 64 times in 16 bits, of 32 in float32, whose products take more registers."""
+    longest = 32 if q.dtype == torch.float32 or gate == 2 else 64
+    L, BD, BV = (min(most, max(16, power_of_2(x))) for most, x in ((longest, q.shape[1]), (64, q.shape[-1]), (64, v.shape[-1])))
+    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=4, num_stages=1)
+
+
+class LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial, runs, scale):
+        (B, T, H, V), (G, D) = v.shape, q.shape[2:]
+        wide = torch.promote_types(v.dtype, torch.float32)
+        if on_triton(v):
+            q, k, v, g, initial = (None if x is None else x.contiguous() for x in (q, k, v, g, initial))
+            options = tiles(q, v, 0 if g is None else g.ndim - 2)
+            L, BD, BV, levels = options["L"], options["BD"], options["BV"], options["L"].bit_length() - 1
+            n, DB, VB = -(-T // L), -(-D // BD), -(-V // BV)
+            o, final = torch.empty_like(v), v.new_empty(B, H, D, V, dtype=wide)
+            borders = v.new_empty(B, H, n, D, V, dtype=wide)
+            sizes = (T, n, H, G, D, V, VB)
+            launch(
+                states_kernel, (DB * VB, B * H), k, v, g, runs, initial, borders, final, scale, *sizes, BACK=False, **options
+            )
+            grid = (n * VB, B * H)
+            launch(output_kernel, grid, q, k, v, g, runs, borders, o, scale, *sizes, LEVELS=levels, BLOCKS=DB, **options)
+        else:
+            first = v.new_zeros(B, H, D, V, dtype=wide) if initial is None else initial.to(wide).contiguous()
+            o, borders, final = torch.ops.rosetta.linear_attention(q, k, v, g, first, runs, scale)
+            o = o.to(v.dtype)
+        ctx.save_for_backward(q, k, v, g, initial, runs, borders)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return o, final
+
+    @staticmethod
+    def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
+        q, k, v, g, initial, runs, borders = ctx.saved_tensors
+        (B, T, H, V), (G, D) = v.shape, q.shape[2:]
+        wide = torch.promote_types(v.dtype, torch.float32)
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        if on_triton(v):
+            options = tiles(q, v, 0 if g is None else g.ndim - 2)
+            L, BD, BV, levels = options["L"], options["BD"], options["BV"], options["L"].bit_length() - 1
+            n, DB, VB = -(-T // L), -(-D // BD), -(-V // BV)
+            dq, dk = (v.new_empty(B, T, H, D, dtype=q.dtype if G == H else wide) for _ in range(2))
+            dv, dg = torch.empty_like(v), None if g is None else torch.empty_like(g, dtype=wide)
+            dinitial = None if initial is None else v.new_empty(B, H, D, V, dtype=wide)
+            dborders = torch.empty_like(borders)
+            sizes = (T, n, H, G, D, V)
+            grid = (DB * VB, B * H)
+            launch(states_kernel, grid, q, do, g, runs, dfinal, dborders, dinitial, ctx.scale, *sizes, VB, BACK=True, **options)
+            launch(
+                backward_kernel, (n, B * H), q, k, v, g, runs, borders, dborders, do, dq, dk, dv, dg, ctx.scale, *sizes,
+                LEVELS=levels, DB=DB, VB=VB, **options,
+            )  # fmt: skip
+            if G < H:
+                dq, dk = (x.unflatten(2, (G, H // G)).sum(3) for x in (dq, dk))
+        else:
+            dfinal = v.new_zeros(B, H, D, V, dtype=wide) if dfinal is None else dfinal
+            dq, dk, dv, dg, dinitial = torch.ops.rosetta.linear_attention_backward(
+                do, dfinal, q, k, v, g, borders, runs, ctx.scale
+            )
+        dg, dinitial = (None if like is None else x.to(like.dtype) for x, like in ((dg, g), (dinitial, initial)))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, dinitial, None, None
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o_t = scale S_t^T q_t and the final state of S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T.
+
+    q and k (B, T, G, D), v (B, T, H, V) of one dtype, G dividing H: heads in order share a q and k. g, the logarithm of
+    the decay, at most 0, of any dtype: None, (H,), (B, T, H), or with G = H (B, T, H, D). scale None is D^-1/2.
+    initial_state (B, H, D, V); documents (B, T), integers of which a run of equal ones is a document. Returns o
+    (B, T, H, V) in the dtype of v and the final state (B, H, D, V) in float32 (float64 if v is). ValueError for an
+    argument that does not fit.
+    """
+    require(v.ndim == 4 and v.is_floating_point(), "v", f"floating point (B, T, H, V), not {v.dtype} {tuple(v.shape)}")
+    B, T, H, V = v.shape
+    require(0 < V <= 256 and H > 0, "v", f"at least one head, of 1 to 256 numbers, not {(H, V)}")
+    require(q.ndim == 4 and q.shape[:2] == (B, T), "q", f"({B}, {T}, G, D), not {tuple(q.shape)}")
+    G, D = q.shape[2:]
+    require(G > 0 and H % G == 0, "q", f"a number of heads that divides {H}, not {G}")
+    require(0 < D <= 256, "q", f"heads of 1 to 256 numbers, not {D}")
+    require(k.shape == q.shape, "k", f"the shape of q, {tuple(q.shape)}, not {tuple(k.shape)}")
+    for name, x in (("q", q), ("k", k)):
+        require(x.dtype == v.dtype, name, f"the dtype of v, {v.dtype}, not {x.dtype}")
+    if g is not None:
+        shapes = [(H,), (B, T, H)] + [(B, T, H, D)] * (G == H)
+        require(tuple(g.shape) in shapes, "g", f"one of {', '.join(map(str, shapes))}, not {tuple(g.shape)}")
+        g = g.expand(B, T, H) if g.ndim == 1 else g
+    if initial_state is not None:
+        shape = (B, H, D, V)
+        require(initial_state.shape == shape, "initial_state", f"{shape}, not {tuple(initial_state.shape)}")
+    runs = None
+    if documents is not None:
+        require(documents.shape == (B, T), "documents", f"{(B, T)}, not {tuple(documents.shape)}")
+        require(not documents.is_floating_point(), "documents", f"integers, not {documents.dtype}")
+        if T > 0:
+            borders = documents[:, 1:] != documents[:, :-1]
+            runs = F.pad(borders.cumsum(1, dtype=torch.int32), (1, 0))
+    return LinearAttention.apply(q, k, v, g, initial_state, runs, D**-0.5 if scale is None else float(scale))
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Retention (Sun et al. 2023, section 2.3): head h of H forgets 2^-(5 + h) of its state a time."""
+    heads = torch.arange(v.shape[2], device=v.device, dtype=torch.float32)
+    return linear_attention(q, k, v, torch.log1p(-torch.exp2(-5 - heads)), **options)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, *, state: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """One time: q, k (B, G, D), v (B, H, V), g None, (H,), (B, H) or (B, H, D); returns o (B, H, V) and the next state."""
+    require(v.ndim == 3, "v", f"(B, H, V), not {tuple(v.shape)}")
+    g = g if g is None or g.ndim == 1 else g.unsqueeze(1)
+    o, state = linear_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), g, initial_state=state, **options)
+    return o.squeeze(1), state
+
+
+def pytorch(q, k, v, g=None, *, scale=None, initial_state=None, documents=None):
+    (B, T, H, V), (G, D) = v.shape, q.shape[2:]
+    wide = torch.promote_types(v.dtype, torch.float32)
+    scale = D**-0.5 if scale is None else scale
+    a = torch.ones(B, T, H, D, dtype=wide) if g is None else g.to(wide).reshape(*g.shape, *(1,) * (g.ndim < 4)).exp()
+    a = a.expand(B, T, H, D)
+    q, k = (x.repeat_interleave(H // G, 2) for x in (q, k))
+    S = v.new_zeros(B, H, D, V, dtype=wide) if initial_state is None else initial_state.to(wide)
+    S = S + 0 * (k.sum() + v.sum() + a.sum())
+    outs = []
+    for t in range(T):
+        if documents is not None and t > 0:
+            S = S * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
+        S = a[:, t].unsqueeze(-1) * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        outs.append((q[:, t].unsqueeze(-2) @ S.to(v.dtype)).squeeze(-2) * scale)
+    return torch.stack(outs, 1) if outs else v + 0 * (q.sum() + k.sum() + a.sum()).to(v.dtype), S
+
+
+def inputs(draw: Draw) -> dict:
+    B, T, H = draw.one_of(1, 2, 0), draw.one_of(1, 5, 17, 33, 70, 0), draw.one_of(1, 2)
+    D, V = draw.one_of(1, 8, 20), draw.one_of(1, 8, 20)
+    shape = draw.one_of(None, (H,), (B, T, H), (B, T, H, D))
+    G = H if shape is not None and len(shape) == 4 else draw.one_of(1, H)
+    documents = None
+    if draw.flag():
+        documents = np.cumsum(draw.uniform(B, T) < draw.one_of(0.05, 0.3), 1).astype(np.int64) % draw.one_of(2, 1000)
+    return dict(
+        q=draw.normal(B, T, G, D),
+        k=draw.normal(B, T, G, D),
+        v=draw.normal(B, T, H, V),
+        g=None if shape is None else -draw.uniform(*shape, high=draw.one_of(0.1, 1.0, 40.0)),
+        scale=draw.one_of(None, 0.5),
+        initial_state=draw.normal(B, H, D, V) if draw.flag() else None,
+        documents=documents,
+    )
+
+
+def cost(q, k, v, g=None, **_) -> tuple[Cost, Cost]:
+    (B, T, H, V), D, L = v.shape, q.shape[-1], 64
+    per_channel = g is not None and g.ndim == 4
+    products = L / 2 * (D * (1 + 5 * per_channel) + V)
+    states = 2 * 4 * B * H * T / L * D * V
+    return (
+        Cost(2 * B * T * H * (products + 2 * D * V), bytes_of(q, k, v, v) + states),
+        Cost(2 * B * T * H * (2.5 * products + 5 * D * V), 2 * bytes_of(q, k, v) + bytes_of(v) + 2 * states),
+    )
+
+
+def example(B: int, T: int, H: int, D: int, gate: tuple[int, ...] | None, **more) -> dict:
+    heads = Shape((B, T, H, D))
+    return dict(q=heads, k=heads, v=heads, g=gate and Shape(gate, sign=-1)) | more
+
+
+SPEC = Spec(
+    op=linear_attention,
+    reference=reference,
+    reference_backward=reference_backward,
+    pytorch=pytorch,
+    inputs=inputs,
+    gradients=("q", "k", "v", "g", "initial_state"),
+    cost=cost,
+    gpu=(
+        example(4, 4096, 16, 128, None),
+        example(4, 4096, 16, 128, (4, 4096, 16), initial_state=Shape((4, 16, 128, 128)), documents=Shape((4, 4096), below=2)),
+        example(4, 4096, 16, 128, (4, 4096, 16, 128)),
+    ),
+    cpu=(example(1, 1024, 8, 64, (8,)), example(1, 1024, 8, 64, (1, 1024, 8, 64))),
+    wide=("g", "initial_state"),
+)
