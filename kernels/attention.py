@@ -19,12 +19,14 @@ With P visible pairs (T S without a mask, half of it when causal), D and Dv wide
     backward   (6 D + 4 Dv) P B H FLOPs     b ((2 D + 2 Dv) (T H + S K)) B bytes: q, k, v, y, dy read, dq, dk, dv written
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import architecture, dot, launch, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
 from kernels.query_blocks import torch_backward, torch_forward
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -196,7 +198,7 @@ def store_rows(x, rows, stride, count, values, C: tl.constexpr, BLOCK: tl.conste
     inside = rows[:, None] < count
     if BLOCK != C:
         inside &= columns < C
-    tl.store(x + rows[:, None].to(tl.int64) * stride + columns, values, inside)
+    tl.store(x + rows[:, None].to(tl.int64) * stride + columns, narrow(values, x.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -210,18 +212,18 @@ def forward_tile(
     if MASKED:
         power = tl.where(sees(j, sight, others), power, float("-inf"))
     highest = tl.maximum(m, tl.max(power, 1) * factor)
-    base = highest
+    finite = highest
     if MASKED:  # a row may have seen nothing so far
-        base = tl.where(highest == float("-inf"), 0, highest)
-    p = tl.exp2(power * factor - base[:, None])
-    shrink = tl.exp2(m - base)
+        finite = tl.where(highest == float("-inf"), 0, highest)
+    p = tl.exp2(power * factor - finite[:, None])
+    shrink = tl.exp2(m - finite)
     values = load_rows(v, j, v_t, S, DV, BV, MASKED)
-    return dot(p.to(values.dtype), values, acc * shrink[:, None]), highest, total * shrink + tl.sum(p, 1)
+    return dot(narrow(p, values.dtype), values, acc * shrink[:, None]), highest, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, y, lse, shares, sinks, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
+    q, k, v, y, base, shares, sinks, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
     H, G, T, S, ahead, window, first_tokens, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -259,16 +261,10 @@ def forward_kernel(
         total = total * tl.exp2(m - highest) + tl.exp2(sink - highest)
         m = highest
         tl.store(shares + at, tl.exp2(sink - m) / total, rows < T)
-    acc /= tl.where(total == 0, 1, total)[:, None]  # a row that sees nothing: y = 0, lse = -inf
-    tl.store(lse + at, tl.where(total == 0, float("-inf"), (m + tl.log2(total)) / LOG2E), rows < T)
-    store_rows(y + b * y_b + h * y_h, rows, y_t, T, acc, DV, BV)
-
-
-@triton.jit
-def load_base(lse, rows, count):
-    """lse in base 2, and +inf for a row that sees nothing or is none: exp2(s - lse) is 0 there."""
-    z = tl.load(lse + rows, rows < count, float("inf")) * LOG2E
-    return tl.where(z == float("-inf"), float("inf"), z)
+    blind = total == 0  # y = 0; base is +inf, for exp2(s - base) to be 0
+    total = tl.where(blind, 1, total)
+    tl.store(base + at, tl.where(blind, float("inf"), m + tl.log2(total)), rows < T)
+    store_rows(y + b * y_b + h * y_h, rows, y_t, T, acc / total[:, None], DV, BV)
 
 
 @triton.jit
@@ -287,12 +283,12 @@ def query_tile(
     ds = tl.exp2(power * factor - z[:, None]) * (dp - delta[:, None])
     if softcap is not None:
         ds *= 1 - capped * capped
-    return dot(ds.to(keys.dtype), keys, dq)
+    return dot(narrow(ds, keys.dtype), keys, dq)
 
 
 @triton.jit
 def query_kernel(
-    q, k, v, y, dy, dlse, lse, delta, dq, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
+    q, k, v, y, dy, dlse, base, delta, dq, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
     dy_b, dy_h, dy_t, dq_b, dq_h, dq_t, H, G, T, S, ahead, window, first_tokens, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +318,7 @@ def query_kernel(
     if dlse is not None:
         d -= tl.load(dlse + at + rows, rows < T, 0)
     tl.store(delta + at + rows, d, rows < T)
-    z = load_base(lse + at, rows, T)
+    z = tl.load(base + at + rows, rows < T, float("inf"))
     acc = tl.zeros((M, BD), tl.float32)
     for MASKED in tl.static_range(2):
         for t in tl.range(0, how_many(plan, MASKED)):
@@ -333,7 +329,7 @@ def query_kernel(
 
 @triton.jit
 def key_tile(
-    tile, dk, dv, k, v, q, dy, lse, delta, q_t, dy_t, j, T, shift, sight, others, scale, softcap, slope,
+    tile, dk, dv, k, v, q, dy, base, delta, q_t, dy_t, j, T, shift, sight, others, scale, softcap, slope,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     rows = tile * M + tl.arange(0, M)
@@ -343,18 +339,18 @@ def key_tile(
     power, factor, capped = logits(s, rows[None, :] + shift - j[:, None], scale, softcap, slope)
     if MASKED:
         power = tl.where(sees(rows, sight, others), power, float("-inf"))
-    p = tl.exp2(power * factor - load_base(lse, rows, T)[None, :])
-    dv = dot(p.to(grad.dtype), grad, dv)
+    p = tl.exp2(power * factor - tl.load(base + rows, rows < T, float("inf"))[None, :])
+    dv = dot(narrow(p, grad.dtype), grad, dv)
     dp = dot(v, tl.trans(grad), tl.zeros((k.shape[0], M), tl.float32))
     ds = p * (dp - tl.load(delta + rows, rows < T, 0)[None, :])
     if softcap is not None:
         ds *= 1 - capped * capped
-    return dot(ds.to(queries.dtype), queries, dk), dv
+    return dot(narrow(ds, queries.dtype), queries, dk), dv
 
 
 @triton.jit
 def key_kernel(
-    q, k, v, dy, lse, delta, dk, dv, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    q, k, v, dy, base, delta, dk, dv, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     dy_b, dy_h, dy_t, K, G, T, S, groups, parts, back, window, first_tokens, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -383,7 +379,7 @@ def key_kernel(
             for t in tl.range(0, how_many(plan, MASKED)):
                 dkeys, dvalues = key_tile(
                     nth(t, plan, MASKED), dkeys, dvalues, keys, values, q + b * q_b + h * q_h, dy + b * dy_b + h * dy_h,
-                    lse + at, delta + at, q_t, dy_t, cols, T, shift, sight, others, scale, softcap, slope,
+                    base + at, delta + at, q_t, dy_t, cols, T, shift, sight, others, scale, softcap, slope,
                     D, DV, BD, BV, M, MASKED,
                 )  # fmt: skip
     store_rows(dk + group.to(tl.int64) * S * D, cols, D, S, dkeys * scale, D, BD)
@@ -402,15 +398,16 @@ def tile_sizes(q: Tensor, D: int, DV: int) -> tuple[dict, dict, dict]:
         return sizes(32, 16, 4, 1), sizes(16, 32, 4, 1), sizes(16, 32, 4, 1)
     if q.dtype == torch.float32:  # exact products, without tensor cores
         if wide <= 64:
-            return sizes(32, 32, 8, 1), sizes(32, 16, 8, 1), sizes(16, 32, 8, 1)
-        return sizes(16, 16, 8, 1), sizes(16, 16, 8, 1), sizes(16, 16, 8, 1)
+            return sizes(32, 16, 8, 1), sizes(32, 16, 8, 1), sizes(16, 32, 8, 1)
+        return sizes(16, 16, 8, 1), sizes(16, 16, 8, 1), sizes(16, 16, 4 if device.startswith("sm_8") else 8, 1)
     if wide > 128:
         return sizes(128, 32, 8, 2), sizes(32, 32, 8, 1), sizes(16, 32, 8, 1)
     if device.startswith("gfx"):
         return sizes(128, 64, 8, 2), sizes(64, 64, 4, 2), sizes(32, 64, 4, 2)
     if device == "sm_90":
-        return sizes(128, 64, 8, 2), sizes(128, 64, 8, 2), sizes(32, 128, 8, 2)
-    return sizes(128, 64, 8, 2), sizes(64, 64, 8, 2), sizes(32, 64, 4, 1)
+        return sizes(128, 128, 8, 2), sizes(128, 64, 8, 2), sizes(64 if wide <= 64 else 32, 128, 8, 2)
+    keys = sizes(32, 64, 4, 1) if device.startswith("sm_1") and wide > 64 else sizes(32, 64, 8, 2)
+    return sizes(128, 64, 8, 2), sizes(64, 64, 8, 2), keys
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -421,24 +418,24 @@ def dense(x: Tensor | None) -> Tensor | None:
 def triton_forward(q, k, v, sinks, slopes, low, high, causal, window, first_tokens, scale, softcap):
     (B, H, T, D), (_, K, S, DV) = q.shape, v.shape
     y = q.new_empty(B, T, H, DV).transpose(1, 2)  # as the output projection will read it
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    shares = None if sinks is None else torch.empty_like(lse)
+    base = q.new_empty(B, H, T, dtype=torch.float32)  # lse as the kernels use it: base 2, +inf for -inf
+    shares = None if sinks is None else torch.empty_like(base)
     sizes = tile_sizes(q, D, DV)[0]
     launch(
-        forward_kernel, (-(-T // sizes["M"]) * B * H,), q, k, v, y, lse, shares, sinks, slopes, low, high,
+        forward_kernel, (-(-T // sizes["M"]) * B * H,), q, k, v, y, base, shares, sinks, slopes, low, high,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3], H, H // K, T, S,
         1 if causal and low is None else S + T, window, first_tokens, scale, softcap, **sizes,
     )  # fmt: skip
-    return y, lse, shares
+    return y, base, shares
 
 
-def triton_backward(q, k, v, slopes, low, high, y, lse, dy, dlse, causal, window, first_tokens, scale, softcap):
+def triton_backward(q, k, v, slopes, low, high, y, base, dy, dlse, causal, window, first_tokens, scale, softcap):
     (B, H, T, D), (_, K, S, DV) = q.shape, v.shape
     _, for_queries, for_keys = tile_sizes(q, D, DV)
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    dq, delta = torch.empty_like(q), torch.empty_like(base)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     launch(
-        query_kernel, (-(-T // for_queries["M"]) * B * H,), q, k, v, y, dy, dlse, lse, delta, dq, slopes, low, high, *strides,
+        query_kernel, (-(-T // for_queries["M"]) * B * H,), q, k, v, y, dy, dlse, base, delta, dq, slopes, low, high, *strides,
         *y.stride()[:3], *dy.stride()[:3], *dq.stride()[:3], H, H // K, T, S,
         1 if causal and low is None else S + T, window, first_tokens, scale, softcap, **for_queries,
     )  # fmt: skip
@@ -452,7 +449,7 @@ def triton_backward(q, k, v, slopes, low, high, y, lse, dy, dlse, causal, window
     parts = max(1, min(H // K, programs(q.device, 1) // max(1, blocks)))  # of a group's heads, where programs would be few
     dk, dv = (x.new_empty(parts, *x.shape, dtype=x.dtype if parts == 1 else torch.float32) for x in (k, v))
     launch(
-        key_kernel, (blocks * parts,), q, k, v, dy, lse, delta, dk, dv, slopes, low, high, *strides, *dy.stride()[:3],
+        key_kernel, (blocks * parts,), q, k, v, dy, base, delta, dk, dv, slopes, low, high, *strides, *dy.stride()[:3],
         K, H // K, T, S, B * K, parts, 0 if causal and low is None else S + T, window, first_tokens, scale, softcap,
         **for_keys,
     )  # fmt: skip
@@ -466,24 +463,25 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if on_triton(q):
             q, k, v = map(dense, (q, k, v))
-            y, lse, shares = triton_forward(q, k, v, sinks, slopes, low, high, *options)
-            kept = ()
+            y, base, shares = triton_forward(q, k, v, sinks, slopes, low, high, *options)
+            kept, lse = (), torch.where(base == torch.inf, -torch.inf, base * math.log(2)) if with_lse else None
         else:
+            base = None
             y, lse, shares, kept = torch_forward(q, k, v, sinks, slopes, low, high, *options, with_lse or sinks is not None)
         ctx.save_for_backward(
-            q, k, v, sinks, slopes, low, high, y if on_triton(q) or sinks is not None else None, lse, shares, *kept
+            q, k, v, sinks, slopes, low, high, y if on_triton(q) or sinks is not None else None, base, shares, *kept
         )
         ctx.options = options
         return (y, lse) if with_lse else y
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dlse: Tensor | None = None):
-        q, k, v, sinks, slopes, low, high, y, lse, shares, *kept = ctx.saved_tensors
+        q, k, v, sinks, slopes, low, high, y, base, shares, *kept = ctx.saved_tensors
         if dy is None:
             dy = q.new_zeros(*q.shape[:3], v.shape[-1])
         if on_triton(q):
             dlse = None if dlse is None else dlse.contiguous()
-            dq, dk, dv, delta = triton_backward(q, k, v, slopes, low, high, y, lse, dense(dy), dlse, *ctx.options)
+            dq, dk, dv, delta = triton_backward(q, k, v, slopes, low, high, y, base, dense(dy), dlse, *ctx.options)
         else:
             dq, dk, dv = torch_backward(q, k, v, sinks, slopes, low, high, kept, dy, dlse, *ctx.options)
             if sinks is not None:
@@ -633,7 +631,7 @@ def pytorch(
 
 def inputs(draw: Draw) -> dict:
     B, K, G, D = draw.one_of(1, 2, 0), draw.one_of(1, 2), draw.one_of(1, 3), draw.one_of(16, 5, 33)
-    S = draw.one_of(1, 0, 7, 33, 49, 70)
+    S = draw.one_of(7, 0, 3, 33, 49, 70)
     T, causal = draw.one_of(S, S, min(S, 1), S // 2), draw.flag()
     if not causal and draw.flag():
         T = draw.one_of(3, 40)
@@ -658,7 +656,7 @@ def inputs(draw: Draw) -> dict:
         v=draw.normal(B, K, S, draw.one_of(D, 16, 40)),
         alibi=draw.uniform(K * G, high=0.5) if placed and draw.flag() else None,
         softcap=draw.one_of(0.0, 2.0),
-        sinks=draw.normal(K * G) if seen.min(initial=S) == 0 or seen.max(initial=0) <= 1 or draw.flag() else None,
+        sinks=draw.normal(K * G) if B and (seen.min(initial=S) == 0 or seen.max(initial=0) <= 1 or draw.flag()) else None,
         scale=draw.one_of(None, 0.3),
         with_lse=draw.flag(),
         **case,

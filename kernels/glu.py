@@ -154,22 +154,9 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dy,
-    gate,
-    up,
-    scale,
-    dgate,
-    dup,
-    sums,
-    N,
-    C,
-    gate_row,
-    up_row,
-    d_row,
-    NAME: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dy, gate, up, scale, dgate, dup, sums, N, C, gate_row, up_row, d_row,
+    NAME: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Rows of dgate and dup lie d_row numbers apart. sums gets each program's share of the gradients of scale and bias."""
     rows, columns, inside = block(N, C, ROWS, BLOCK)
     d = tl.load(dy + rows * C + columns, inside, 0).to(tl.float32)
@@ -239,11 +226,9 @@ class GLU(torch.autograd.Function):
             (gates, ups), (gate_row, up_row), N, C = by_rows(gate, up)
             grid, tiles = blocks(N, C)
             launch(forward_kernel, grid, gates, ups, None, None, y, N, C, gate_row, up_row, NAME=activation, **tiles)
-        elif gate.element_size() < 4 or activation == "gelu_tanh":  # here a CPU keeps f(gate) sooner than it computes it twice
+        else:  # a CPU keeps f(gate) sooner than it computes it twice
             kept = value(gate, activation)
             y = kept * up
-        else:
-            y = value(gate, activation).mul_(up)
         ctx.save_for_backward(gate, up, kept)
         return y
 
@@ -259,8 +244,7 @@ class GLU(torch.autograd.Function):
             dy = dy.contiguous()
             launch(backward_kernel, grid, dy, gates, ups, None, dgate, dup, None, N, C, *rows, NAME=ctx.activation, **tiles)
             return both, None if ctx.packed else dup, None
-        dup = dy * kept if kept is not None else value(gate, ctx.activation).mul_(dy)
-        dgate = dy * up
+        dup, dgate = dy * kept, dy * up
         pull_back(dgate, gate, ctx.activation, dgate)
         return (torch.cat((dgate, dup), -1), None, None) if ctx.packed else (dgate, dup, None)
 

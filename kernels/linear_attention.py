@@ -77,59 +77,75 @@ def reference_backward(grads, q, k, v, g=None, *, scale=None, initial_state=None
 
 
 @triton.jit
-def rows(x, b, t, h, d, T, H, D):
-    """x[b, t, h, d] as (times, numbers), 0 outside; t may be a column of times and d a row of numbers."""
-    at = ((b * T + t).to(tl.int64) * H + h) * D + d
-    return tl.load(x + at, (t < T) & (d < D), 0)
+def place(start, row, h, d, H, D):
+    """Where row `row` of a chunk is, of head h the numbers d; the chunk begins with row `start` of all."""
+    return (start.to(tl.int64) * H + h) * D + (row * (H * D) + d)
 
 
 @triton.jit
-def summed(chosen, g, b, t, h, d, T, H, D, GATE: tl.constexpr):
+def rows(x, start, row, h, d, rest, H, D):
+    """The numbers d of a chunk's rows as (times, numbers), 0 from time `rest` on."""
+    return tl.load(x + place(start, row, h, d, H, D), (row < rest) & (d < D), 0)
+
+
+@triton.jit
+def picked(chosen, x, acc):
+    """acc + chosen @ x for a matrix of true and false, with all digits of x: three products of 8 bits each."""
+    mask = tl.where(chosen, 1.0, 0.0).to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return dot(mask, high, dot(mask, middle, dot(mask, low, acc)))
+
+
+@triton.jit
+def summed(chosen, g, start, row, h, d, rest, H, D, GATE: tl.constexpr):
     """Sums of the log decay over the times that each row of `chosen` (rows, L) names: no difference of longer sums, which
-    would lose the digits of the small ones. (rows, 1) for one a head, (rows, numbers) for one a channel; t is (L, 1)."""
+    would lose the digits of the small ones. (rows, 1) for one a head, (rows, numbers) for one a channel."""
     if GATE == 2:
-        now = rows(g, b, t, h, d, T, H, D).to(tl.float32)
-        total = dot(tl.where(chosen, 1.0, 0.0), now, tl.zeros((chosen.shape[0], d.shape[1]), tl.float32))
+        now = rows(g, start, row, h, d, rest, H, D).to(tl.float32)
+        total = picked(chosen, now, tl.zeros((chosen.shape[0], d.shape[1]), tl.float32))
     else:
-        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
+        now = tl.load(g + place(start, row, h, 0, H, 1), row < rest, 0).to(tl.float32)
         total = tl.sum(tl.where(chosen, tl.trans(now), 0), 1, keep_dims=True)
     return total
 
 
 @triton.jit
-def edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE: tl.constexpr):
-    """How much of the incoming state times t see, and how much of them is in the outgoing one."""
-    seen, left = tl.full(t.shape, 1, tl.float32), tl.full(t.shape, 1, tl.float32)
+def edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE: tl.constexpr):
+    """How much of the incoming state each row sees, and how much of them is in the outgoing one."""
+    seen, left = tl.full(row.shape, 1, tl.float32), tl.full(row.shape, 1, tl.float32)
     if GATE > 0:
-        seen = tl.exp(summed(row >= tl.trans(row), g, b, t, h, d, T, H, D, GATE))
-        left = tl.exp(summed(row < tl.trans(row), g, b, t, h, d, T, H, D, GATE))
+        seen = tl.exp(summed(row >= tl.trans(row), g, start, row, h, d, rest, H, D, GATE))
+        left = tl.exp(summed(row < tl.trans(row), g, start, row, h, d, rest, H, D, GATE))
     if runs is not None:
-        run = tl.load(runs + b * T + t, t < T, -1)
-        before = tl.load(runs + b * T + tl.maximum(first - 1, 0))
-        after = tl.load(runs + b * T + last)
+        run = tl.load(runs + start + row, row < rest, -1)
+        before = tl.load(runs + start - tl.minimum(first, 1))
+        after = tl.load(runs + start + last)
         seen = tl.where(run == tl.where(first > 0, before, 0), seen, 0)
         left = tl.where(run == after, left, 0)
     return seen, left
 
 
 @triton.jit
-def through(g, runs, b, t, h, d, first, last, T, H, D, GATE: tl.constexpr):
+def through(g, runs, start, row, h, d, first, last, rest, H, D, GATE: tl.constexpr):
     """How much of the incoming state is in the outgoing one: (1, numbers)."""
     kept = tl.full(d.shape, 1, tl.float32)
     if GATE == 2:
-        kept = tl.exp(tl.sum(rows(g, b, t, h, d, T, H, D).to(tl.float32), 0, keep_dims=True))
+        kept = tl.exp(tl.sum(rows(g, start, row, h, d, rest, H, D).to(tl.float32), 0, keep_dims=True))
     if GATE == 1:
-        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
+        now = tl.load(g + place(start, row, h, 0, H, 1), row < rest, 0).to(tl.float32)
         kept *= tl.exp(tl.sum(now, 0, keep_dims=True))
     if runs is not None:
-        before = tl.load(runs + b * T + tl.maximum(first - 1, 0))
-        kept = tl.where(tl.load(runs + b * T + last) == tl.where(first > 0, before, 0), kept, 0)
+        before = tl.load(runs + start - tl.minimum(first, 1))
+        kept = tl.where(tl.load(runs + start + last) == tl.where(first > 0, before, 0), kept, 0)
     return kept
 
 
 @triton.jit
 def states_kernel(
-    x, v, g, runs, start, borders, end, scale, T, n, H, G, D, V, VB,
+    x, v, g, runs, initial, borders, final, scale, T, n, H, G, D, V, VB,
     GATE: tl.constexpr, BACK: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The state from chunk to chunk, a block of it a program. Forward: x is k, borders get the state a chunk begins with.
@@ -140,22 +156,22 @@ def states_kernel(
     tile = d[:, None] * V + e[None, :]
     inside = (d < D)[:, None] & (e < V)[None, :]
     S = tl.zeros((BD, BV), tl.float32)
-    if start is not None:
-        S += tl.load(start + head.to(tl.int64) * D * V + tile, inside, 0).to(tl.float32)
+    if initial is not None:
+        S += tl.load(initial + head.to(tl.int64) * D * V + tile, inside, 0).to(tl.float32)
     for i in range(n):
         chunk = n - 1 - i if BACK else i
         first = chunk * L
-        last = tl.minimum(first + L, T) - 1
+        start, rest = b * T + first, T - first
+        last = tl.minimum(L, rest) - 1
         tl.store(borders + (head * n + chunk).to(tl.int64) * D * V + tile, S, inside)
         row = tl.arange(0, L)[:, None]
-        t = first + row
-        values = rows(v, b, t, h, e[None, :], T, H, V)
-        seen, left = edges(g, runs, b, t, row, h, d[None, :], first, last, T, H, D, GATE)
-        weighted = rows(x, b, t, h // (H // G), d[None, :], T, G, D).to(tl.float32) * (seen * scale if BACK else left)
-        S *= tl.trans(through(g, runs, b, t, h, d[None, :], first, last, T, H, D, GATE))
+        values = rows(v, start, row, h, e[None, :], rest, H, V)
+        seen, left = edges(g, runs, start, row, h, d[None, :], first, last, rest, H, D, GATE)
+        weighted = rows(x, start, row, h // (H // G), d[None, :], rest, G, D).to(tl.float32) * (seen * scale if BACK else left)
+        S *= tl.trans(through(g, runs, start, row, h, d[None, :], first, last, rest, H, D, GATE))
         S = dot(tl.trans(weighted.to(values.dtype)), values, S)
-    if end is not None:
-        tl.store(end + head.to(tl.int64) * D * V + tile, S, inside)
+    if final is not None:
+        tl.store(final + head.to(tl.int64) * D * V + tile, S, inside)
 
 
 @triton.jit
@@ -166,14 +182,14 @@ def half(row, s):
 
 
 @triton.jit
-def scores(A, q, k, g, b, t, row, h, d, T, H, D, GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr):
+def scores(A, q, k, g, start, row, h, d, rest, H, D, GATE: tl.constexpr, L: tl.constexpr, LEVELS):
     """A + q k^T of one block of channels, with gates a channel decayed; for j > i without meaning."""
     if GATE == 2:
         A += tl.where(row == tl.trans(row), tl.sum(q.to(tl.float32) * k.to(tl.float32), 1, keep_dims=True), 0)
         for level in range(LEVELS):
             s = L >> (level + 1)
             later, between = half(row, s)
-            size = tl.exp(summed(between, g, b, t, h, d, T, H, D, GATE))
+            size = tl.exp(summed(between, g, start, row, h, d, rest, H, D, GATE))
             x, y = tl.where(later, q * size, 0).to(q.dtype), tl.where(later, 0, k * size).to(k.dtype)
             A += tl.where((row ^ tl.trans(row)) < 2 * s, dot(x, tl.trans(y), tl.zeros((L, L), tl.float32)), 0)
     else:
@@ -182,50 +198,81 @@ def scores(A, q, k, g, b, t, row, h, d, T, H, D, GATE: tl.constexpr, L: tl.const
 
 
 @triton.jit
-def weights(g, runs, b, t, row, h, T, H, GATE: tl.constexpr, L: tl.constexpr):
+def weights(g, runs, start, row, h, rest, H, GATE: tl.constexpr, L: tl.constexpr):
     """What scores (L, L) are multiplied by: 1 or the decay of a head where j <= i of the same run, else 0."""
-    i, j = t, tl.trans(t)
+    i, j = row, tl.trans(row)
     seen = i >= j
     if runs is not None:
-        seen = seen & (tl.load(runs + b * T + i, i < T, -1) == tl.load(runs + b * T + j, j < T, -1))
+        seen = seen & (tl.load(runs + start + i, i < rest, -1) == tl.load(runs + start + j, j < rest, -1))
     w = tl.full((L, L), 1, tl.float32)
     if GATE == 1:
-        now = tl.load(g + (b * T + t).to(tl.int64) * H + h, t < T, 0).to(tl.float32)
-        until = tl.where(row >= tl.trans(row), 1.0, 0.0)  # (i, l): l <= i
-        w = tl.exp(dot(until, tl.where(row > tl.trans(row), now, 0), tl.zeros((L, L), tl.float32)))  # sums of j < l <= i
+        now = tl.load(g + place(start, row, h, 0, H, 1), row < rest, 0).to(tl.float32)
+        w = tl.exp(tl.cumsum(tl.where(row > tl.trans(row), now, 0), 0))  # the sum over j < l <= i
     return tl.where(seen, w, 0)
 
 
 @triton.jit
 def output_kernel(
-    q, k, v, g, runs, borders, o, scale, T, n, H, G, D, V, VB,
-    GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+    q, k, v, g, runs, borders, o, scale, T, n, H, G, D, V, VB, DB, LEVELS,
+    GATE: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One chunk and one block of values a program."""
     head, chunk = tl.program_id(1), tl.program_id(0) // VB
     b, h, first = head // H, head % H, chunk * L
     row, e = tl.arange(0, L)[:, None], tl.program_id(0) % VB * BV + tl.arange(0, BV)[None, :]
-    t, last = first + row, tl.minimum(first + L, T) - 1
+    start, rest = b * T + first, T - first
+    last = tl.minimum(L, rest) - 1
     A, out = tl.zeros((L, L), tl.float32), tl.zeros((L, BV), tl.float32)
-    for block in range(BLOCKS):
+    for block in range(DB):
         d = block * BD + tl.arange(0, BD)[None, :]
-        queries, keys = (rows(q, b, t, h // (H // G), d, T, G, D), rows(k, b, t, h // (H // G), d, T, G, D))
-        seen, _ = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
+        queries, keys = (rows(q, start, row, h // (H // G), d, rest, G, D), rows(k, start, row, h // (H // G), d, rest, G, D))
+        seen, _ = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         at = (head * n + chunk).to(tl.int64) * D * V + tl.trans(d) * V + e
         S = tl.load(borders + at, (tl.trans(d) < D) & (e < V), 0)
         out = dot((queries * seen).to(queries.dtype), S.to(queries.dtype), out)
-        A = scores(A, queries, keys, g, b, t, row, h, d, T, H, D, GATE, L, LEVELS)
-    A *= weights(g, runs, b, t, row, h, T, H, GATE, L)
-    values = rows(v, b, t, h, e, T, H, V)
+        A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
+    A *= weights(g, runs, start, row, h, rest, H, GATE, L)
+    values = rows(v, start, row, h, e, rest, H, V)
     out = dot(A.to(values.dtype), values, out) * scale
-    tl.store(o + ((b * T + t).to(tl.int64) * H + h) * V + e, out, (t < T) & (e < V))
+    tl.store(o + place(start, row, h, e, H, V), out, (row < rest) & (e < V))
+
+
+@triton.jit
+def values_kernel(
+    q, k, v, g, runs, dborders, do, dv, scale, T, n, H, G, D, V, VB, DB, LEVELS,
+    GATE: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The gradient of v: one chunk of one head a program."""
+    head, chunk = tl.program_id(1), tl.program_id(0)
+    b, h, first = head // H, head % H, chunk * L
+    group = h // (H // G)
+    row = tl.arange(0, L)[:, None]
+    start, rest = b * T + first, T - first
+    last = tl.minimum(L, rest) - 1
+    state = (head * n + chunk).to(tl.int64) * D * V
+    A = tl.zeros((L, L), tl.float32)
+    for block in range(DB):
+        d = block * BD + tl.arange(0, BD)[None, :]
+        queries, keys = rows(q, start, row, group, d, rest, G, D), rows(k, start, row, group, d, rest, G, D)
+        A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
+    A *= weights(g, runs, start, row, h, rest, H, GATE, L) * scale
+    for block in range(VB):
+        e = block * BV + tl.arange(0, BV)[None, :]
+        douts = rows(do, start, row, h, e, rest, H, V)
+        found = dot(tl.trans(A.to(douts.dtype)), douts, tl.zeros((L, BV), tl.float32))
+        for inner in range(DB):
+            d = inner * BD + tl.arange(0, BD)[None, :]
+            _, left = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
+            keys = rows(k, start, row, group, d, rest, G, D)
+            dS = tl.load(dborders + state + tl.trans(d) * V + e, (tl.trans(d) < D) & (e < V), 0)
+            found = dot((keys * left).to(keys.dtype), dS.to(keys.dtype), found)
+        tl.store(dv + place(start, row, h, e, H, V), found, (row < rest) & (e < V))
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, g, runs, borders, dborders, do, dq, dk, dv, dg, scale, T, n, H, G, D, V,
-    GATE: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    DB: tl.constexpr, VB: tl.constexpr,
+    q, k, v, g, runs, borders, dborders, do, dq, dk, dg, scale, T, n, H, G, D, V, VB, DB, LEVELS,
+    GATE: tl.constexpr, L: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head a program. The decay's gradient at t is what flows from times before t to t and later: pairs
     within the chunk, into it, out of it, and through it; no sum reaches beyond the chunk, so none loses its digits."""
@@ -233,39 +280,29 @@ def backward_kernel(
     b, h, first = head // H, head % H, chunk * L
     group = h // (H // G)
     row = tl.arange(0, L)[:, None]
-    t, last = first + row, tl.minimum(first + L, T) - 1
+    start, rest = b * T + first, T - first
+    last = tl.minimum(L, rest) - 1
     state = (head * n + chunk).to(tl.int64) * D * V
-    A, dA = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
-    for block in range(DB):
-        d = block * BD + tl.arange(0, BD)[None, :]
-        queries, keys = rows(q, b, t, group, d, T, G, D), rows(k, b, t, group, d, T, G, D)
-        A = scores(A, queries, keys, g, b, t, row, h, d, T, H, D, GATE, L, LEVELS)
+    dA = tl.zeros((L, L), tl.float32)
     for block in range(VB):
         e = block * BV + tl.arange(0, BV)[None, :]
-        dA = dot(rows(do, b, t, h, e, T, H, V), tl.trans(rows(v, b, t, h, e, T, H, V)), dA)
-    w = weights(g, runs, b, t, row, h, T, H, GATE, L) * scale
-    A *= w
-    for block in range(VB):
-        e = block * BV + tl.arange(0, BV)[None, :]
-        douts = rows(do, b, t, h, e, T, H, V)
-        found = dot(tl.trans(A.to(douts.dtype)), douts, tl.zeros((L, BV), tl.float32))
-        for inner in range(DB):
-            d = inner * BD + tl.arange(0, BD)[None, :]
-            _, left = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
-            keys = rows(k, b, t, group, d, T, G, D)
-            dS = tl.load(dborders + state + tl.trans(d) * V + e, (tl.trans(d) < D) & (e < V), 0)
-            found = dot((keys * left).to(keys.dtype), dS.to(keys.dtype), found)
-        tl.store(dv + ((b * T + t).to(tl.int64) * H + h) * V + e, found, (t < T) & (e < V))
+        dA = dot(rows(do, start, row, h, e, rest, H, V), tl.trans(rows(v, start, row, h, e, rest, H, V)), dA)
+    w = weights(g, runs, start, row, h, rest, H, GATE, L) * scale
     later = row >= tl.trans(row)  # (i, t): i at or after t
     slope = tl.zeros((1, L), tl.float32)
     if GATE == 1:
-        before = tl.where(row < tl.trans(row), 1.0, 0.0)
-        straddling = dot(A * dA, before, tl.zeros((L, L), tl.float32))  # (i, t): all pairs (i, j) with j before t
-        slope += tl.sum(tl.where(later, straddling, 0), 0, keep_dims=True)
+        A = tl.zeros((L, L), tl.float32)
+        for block in range(DB):
+            d = block * BD + tl.arange(0, BD)[None, :]
+            queries, keys = rows(q, start, row, group, d, rest, G, D), rows(k, start, row, group, d, rest, G, D)
+            A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
+        earlier = tl.cumsum(A * w * dA, 1)  # (i, j): all pairs of i with times up to j
+        flows = tl.sum(tl.where(row > tl.trans(row), earlier, 0), 0, keep_dims=True)  # from up to j to beyond it
+        slope += tl.sum(tl.where(row + 1 == tl.trans(row), tl.trans(flows), 0), 0, keep_dims=True)
     dA *= w
     for block in range(DB):
         d = block * BD + tl.arange(0, BD)[None, :]
-        queries, keys = rows(q, b, t, group, d, T, G, D), rows(k, b, t, group, d, T, G, D)
+        queries, keys = rows(q, start, row, group, d, rest, G, D), rows(k, start, row, group, d, rest, G, D)
         dqs, dks = tl.zeros((L, BD), tl.float32), tl.zeros((L, BD), tl.float32)
         kept = tl.zeros((1, BD), tl.float32)
         for inner in range(VB):
@@ -273,28 +310,28 @@ def backward_kernel(
             inside = (e < V) & (d < D)
             S = tl.load(borders + state + d * V + e, inside, 0)  # (BV, BD)
             dS = tl.load(dborders + state + d * V + e, inside, 0)
-            dqs = dot(rows(do, b, t, h, tl.trans(e), T, H, V), S.to(queries.dtype), dqs)
-            dks = dot(rows(v, b, t, h, tl.trans(e), T, H, V), dS.to(queries.dtype), dks)
+            dqs = dot(rows(do, start, row, h, tl.trans(e), rest, H, V), S.to(queries.dtype), dqs)
+            dks = dot(rows(v, start, row, h, tl.trans(e), rest, H, V), dS.to(queries.dtype), dks)
             kept += tl.sum(S * dS, 0, keep_dims=True)
-        seen, left = edges(g, runs, b, t, row, h, d, first, last, T, H, D, GATE)
+        seen, left = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         dqs *= seen * scale
         dks *= left
         if GATE > 0:
-            kept *= through(g, runs, b, t, h, d, first, last, T, H, D, GATE)
+            kept *= through(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         into, out_of = queries * dqs, keys * dks
         if GATE == 1:
             into, out_of = tl.sum(into, 1, keep_dims=True), tl.sum(out_of, 1, keep_dims=True)
             slope += tl.sum(tl.where(later, into, 0) + tl.where(later, 0, out_of), 0, keep_dims=True) + tl.sum(kept)
         if GATE == 2:
-            slopes = dot(tl.where(tl.trans(later), 1.0, 0.0), into, tl.zeros((L, BD), tl.float32)) + kept
-            slopes = dot(tl.where(tl.trans(later), 0.0, 1.0), out_of, slopes)
+            slopes = picked(tl.trans(later), into, tl.zeros((L, BD), tl.float32)) + kept
+            slopes = picked(row > tl.trans(row), out_of, slopes)
             own = tl.sum(tl.where(row == tl.trans(row), dA, 0), 1, keep_dims=True)
             dqs += own * keys
             dks += own * queries
             for level in range(LEVELS):
                 s = L >> (level + 1)
                 is_later, between = half(row, s)
-                size = tl.exp(summed(between, g, b, t, h, d, T, H, D, GATE))
+                size = tl.exp(summed(between, g, start, row, h, d, rest, H, D, GATE))
                 pairs = tl.where((row ^ tl.trans(row)) < 2 * s, dA, 0).to(queries.dtype)
                 x, y = (
                     tl.where(is_later, queries * size, 0).to(queries.dtype),
@@ -302,19 +339,18 @@ def backward_kernel(
                 )
                 dx = tl.where(is_later, dot(pairs, y, tl.zeros((L, BD), tl.float32)) * size, 0)
                 dy = tl.where(is_later, 0, dot(tl.trans(pairs), x, tl.zeros((L, BD), tl.float32)) * size)
-                slopes = dot(tl.trans(tl.where(between, 1.0, 0.0)), queries * dx + keys * dy, slopes)
+                slopes = picked(tl.trans(between), queries * dx + keys * dy, slopes)
                 dqs += dx
                 dks += dy
-            tl.store(dg + ((b * T + t).to(tl.int64) * H + h) * D + d, slopes, (t < T) & (d < D))
+            tl.store(dg + place(start, row, h, d, H, D), slopes, (row < rest) & (d < D))
         else:
             dqs = dot(dA.to(keys.dtype), keys, dqs)
             dks = dot(tl.trans(dA.to(queries.dtype)), queries, dks)
-        at = ((b * T + t).to(tl.int64) * H + h) * D + d
-        tl.store(dq + at, dqs, (t < T) & (d < D))
-        tl.store(dk + at, dks, (t < T) & (d < D))
+        at = place(start, row, h, d, H, D)
+        tl.store(dq + at, dqs, (row < rest) & (d < D))
+        tl.store(dk + at, dks, (row < rest) & (d < D))
     if GATE == 1:
-        times = first + tl.arange(0, L)[None, :]
-        tl.store(dg + (b * T + times).to(tl.int64) * H + h, slope, times < T)
+        tl.store(dg + place(start, tl.trans(row), h, 0, H, 1), slope, tl.trans(row) < rest)
 
 
 def chunked(x: Tensor, L: int) -> Tensor:
@@ -489,10 +525,11 @@ def _(do, dS, q, k, v, g, states, runs, scale):
 
 
 def tiles(q: Tensor, v: Tensor, gate: int) -> dict:
-    """Constants of the kernels: chunks of 64 times in 16 bits, of 32 in float32, whose products take more registers."""
-    longest = 32 if q.dtype == torch.float32 or gate == 2 else 64
-    L, BD, BV = (min(most, max(16, power_of_2(x))) for most, x in ((longest, q.shape[1]), (64, q.shape[-1]), (64, v.shape[-1])))
-    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=4, num_stages=1)
+    """Constants of the kernels. Small blocks where products are in float32, which take more registers."""
+    small = q.dtype == torch.float32 or gate == 2
+    L = min(32 if small else 64, max(16, power_of_2(q.shape[1])))
+    BD, BV = (min(32, max(16, power_of_2(x))) for x in (q.shape[-1], v.shape[-1]))
+    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8, num_stages=1)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -512,7 +549,7 @@ class LinearAttention(torch.autograd.Function):
                 states_kernel, (DB * VB, B * H), k, v, g, runs, initial, borders, final, scale, *sizes, BACK=False, **options
             )
             grid = (n * VB, B * H)
-            launch(output_kernel, grid, q, k, v, g, runs, borders, o, scale, *sizes, LEVELS=levels, BLOCKS=DB, **options)
+            launch(output_kernel, grid, q, k, v, g, runs, borders, o, scale, *sizes, DB, levels, **options)
         else:
             first = v.new_zeros(B, H, D, V, dtype=wide) if initial is None else initial.to(wide).contiguous()
             o, borders, final = torch.ops.rosetta.linear_attention(q, k, v, g, first, runs, scale)
@@ -537,13 +574,12 @@ class LinearAttention(torch.autograd.Function):
             dv, dg = torch.empty_like(v), None if g is None else torch.empty_like(g, dtype=wide)
             dinitial = None if initial is None else v.new_empty(B, H, D, V, dtype=wide)
             dborders = torch.empty_like(borders)
-            sizes = (T, n, H, G, D, V)
+            sizes = (T, n, H, G, D, V, VB)
             grid = (DB * VB, B * H)
-            launch(states_kernel, grid, q, do, g, runs, dfinal, dborders, dinitial, ctx.scale, *sizes, VB, BACK=True, **options)
-            launch(
-                backward_kernel, (n, B * H), q, k, v, g, runs, borders, dborders, do, dq, dk, dv, dg, ctx.scale, *sizes,
-                LEVELS=levels, DB=DB, VB=VB, **options,
-            )  # fmt: skip
+            launch(states_kernel, grid, q, do, g, runs, dfinal, dborders, dinitial, ctx.scale, *sizes, BACK=True, **options)
+            sizes = (ctx.scale, *sizes, DB, levels)
+            launch(values_kernel, (n, B * H), q, k, v, g, runs, dborders, do, dv, *sizes, **options)
+            launch(backward_kernel, (n, B * H), q, k, v, g, runs, borders, dborders, do, dq, dk, dg, *sizes, **options)
             if G < H:
                 dq, dk = (x.unflatten(2, (G, H // G)).sum(3) for x in (dq, dk))
         else:
@@ -621,15 +657,15 @@ def pytorch(q, k, v, g=None, *, scale=None, initial_state=None, documents=None):
     a = torch.ones(B, T, H, D, dtype=wide) if g is None else g.to(wide).reshape(*g.shape, *(1,) * (g.ndim < 4)).exp()
     a = a.expand(B, T, H, D)
     q, k = (x.repeat_interleave(H // G, 2) for x in (q, k))
-    S = v.new_zeros(B, H, D, V, dtype=wide) if initial_state is None else initial_state.to(wide)
-    S = S + 0 * (k.sum() + v.sum() + a.sum())
+    S = v.new_zeros(B, H, D, V) if initial_state is None else initial_state.to(v.dtype)
+    S = S + 0 * (k.sum() + v.sum() + a.sum()).to(v.dtype)
     outs = []
     for t in range(T):
         if documents is not None and t > 0:
             S = S * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
-        S = a[:, t].unsqueeze(-1) * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        outs.append((q[:, t].unsqueeze(-2) @ S.to(v.dtype)).squeeze(-2) * scale)
-    return torch.stack(outs, 1) if outs else v + 0 * (q.sum() + k.sum() + a.sum()).to(v.dtype), S
+        S = a[:, t].unsqueeze(-1).to(v.dtype) * S + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        outs.append((q[:, t].unsqueeze(-2) @ S).squeeze(-2) * scale)
+    return torch.stack(outs, 1) if outs else v + 0 * (q.sum() + k.sum() + a.sum()).to(v.dtype), S.to(wide)
 
 
 def inputs(draw: Draw) -> dict:
@@ -676,7 +712,6 @@ SPEC = Spec(
     gradients=("q", "k", "v", "g", "initial_state"),
     cost=cost,
     gpu=(
-        example(4, 4096, 16, 128, None),
         example(4, 4096, 16, 128, (4, 4096, 16), initial_state=Shape((4, 16, 128, 128)), documents=Shape((4, 4096), below=2)),
         example(4, 4096, 16, 128, (4, 4096, 16, 128)),
     ),

@@ -97,6 +97,8 @@ class Spec:
             if isinstance(value, Shape):
                 value = value.tensor(torch.float32 if name in self.wide else dtype, device, generator)
                 value.requires_grad_(name in self.gradients and value.is_floating_point())
+            elif isinstance(value, Tensor):
+                value = value.to(device)
             call[name] = value
         return call
 

@@ -104,11 +104,13 @@ counted = time.perf_counter() - start
 ranks, merges = learn(words, 4096)
 learnt = time.perf_counter() - start - counted
 print(f"{sum(map(len, training)):,} characters are {words.total():,} words, but only {len(words):,} different ones")
-start, spelt = time.perf_counter(), {word: list(word) for word in words}
-once = len(pairs()) and time.perf_counter() - start
-print(f"{counted:.1f} s to count them, {learnt:.1f} s to learn 3840 pieces; counting all pairs anew: {3840 * once / 60:.0f} minutes")
+spelt = {word: list(word) for word in words}
+start = time.perf_counter()
+pairs()
+anew = 3840 * (time.perf_counter() - start)
+print(f"{counted:.1f} s to count them, {learnt:.1f} s to learn 3840 pieces; 3840 whole counts: {anew / 60:.0f} minutes")
 assert words.total() > 20 * len(words)
-assert len(ranks) == 4096 and learnt < 0.1 * 3840 * once
+assert len(ranks) == 4096 and learnt < 0.1 * anew
 
 # %% [markdown]
 # ## What the pieces are
@@ -120,8 +122,8 @@ pieces = list(ranks)  # in the order in which they were made
 for place in (256, 500, 1000, 2000, 4000):
     print(f"{place:5}: " + "  ".join(repr(piece.decode("utf-8", "replace")) for piece in pieces[place : place + 10]))
 longest = sorted((piece for piece in pieces if piece.strip(b" -=#*_\n")), key=len)[-6:]
-print("longest words:", [piece.decode() for piece in longest])
-assert set(pieces[256 + 0].decode()) == {" "}
+print("longest:", [piece.decode() for piece in longest])
+assert set(pieces[256].decode()) == {" "}
 assert {b" self", b" return", b"def", b" import"} <= set(pieces)
 
 # %% [markdown]
@@ -145,8 +147,7 @@ def encode(word: bytes) -> list[bytes]:
 
 tokenizer = Tokenizer("lecture", ranks)  # the same through tiktoken, in compiled code
 line = "    def forward(self, tokens): return self.unembed(tokens)[:, -1]"
-shown = [tokenizer.decode([i]) for i in tokenizer.encode(line)]
-print("|".join(shown))
+print("|".join(tokenizer.decode([i]) for i in tokenizer.encode(line)))
 found = regex.findall(PATTERN, validation[0])
 assert [piece for word in found for piece in encode(word.encode())] == [pieces[i] for i in tokenizer.encode(validation[0])]
 
@@ -177,18 +178,14 @@ assert 0 < len(different) < 0.5 * len(names)
 #
 # A regular expression cuts the text before anything is counted; pieces never cross the cuts. (Pre-tokenisation. This
 # one is GPT-4's: letters with the blank before them, at most three digits, punctuation, blanks.)
-
-# %%
-print(regex.findall(PATTERN, "if x1 >= 12345:  # don't stop"))
-assert regex.findall(PATTERN, "x = 12345") == ["x", " =", " ", "123", "45"]
-
-# %% [markdown]
+#
 # What happens without it? Let only line ends cut, on a small part of the text. It is slow, since hardly a line repeats.
 # And the pieces become phrases: the same name is learnt again with each sign that may follow it.
 
 # %%
-sample = training[::40]
-results = {}
+assert regex.findall(PATTERN, "x = 12345:  # don't") == ["x", " =", " ", "123", "45", ":", " ", " #", " don", "'t"]
+
+sample, results = training[::40], {}
 for name, pattern in (("words", PATTERN), ("lines", r"[^\n]*\n|[^\n]+")):
     start = time.perf_counter()
     some, _ = learn(count_words(sample, pattern), 768)
@@ -201,23 +198,18 @@ assert results["lines"][1] > results["words"][1]
 assert results["lines"][2] > 2 * results["words"][2]
 
 # %% [markdown]
-# ## Nothing is lost
+# ## Nothing is lost, and how much shorter
 #
 # Every piece is a string of bytes, so decoding is writing them one after the other. Any text, and any bytes, come back
 # as they were. Even text that spells the special token stays text: no document can pretend that it ends.
+#
+# Pieces are made one by one, so the first 512 of them *are* the vocabulary of size 512: one training gives all sizes.
 
 # %%
 assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in [*validation, "naïve 漢 🙂", ""])
 noise = np.random.default_rng(0).bytes(1000)
 assert tokenizer.decode_bytes(tokenizer.encode_bytes(noise)) == noise
 assert tokenizer.eot not in tokenizer.encode("<|endoftext|>")
-
-# %% [markdown]
-# ## How much shorter
-#
-# Pieces are made one by one, so the first 512 of them *are* the vocabulary of size 512: one training gives all sizes.
-
-# %%
 assert list(learn(words, 512)[0]) == pieces[:512]
 
 sizes = (256, 512, 1024, 2048, 4096)
@@ -238,16 +230,14 @@ assert all(later < earlier for earlier, later in pairwise(gains)) and min(gains)
 # taken. A piece also costs something: a row in the embedding, a row in the head, and it is met more rarely, so less is
 # learnt of it.
 #
-# ## What a model sees: why loss per token misleads
+# ## Why loss per token misleads
 #
 # A model's loss is -log p per *token*. With larger tokens there are fewer of them, each is harder, and the loss per
 # token rises. That says nothing about the model. Divide by what does not depend on the tokenizer, the bytes of the
-# text:
+# text. Two simple models for each vocabulary show it: the unigram, each token by its share, and the bigram, after each
+# token what followed it, mixed with the unigram (absolute discounting; lecture 01):
 #
 #     bits per byte = loss per token (nats) / ln 2  *  tokens / bytes
-#
-# Two simple models for each vocabulary show it. Unigram: each token by its share. Bigram: after each token what
-# followed it, mixed with the unigram (absolute discounting; lecture 01):
 
 
 # %%
@@ -279,12 +269,9 @@ for small, large in pairwise(sizes):
         assert bits[large][model] < bits[small][model]  # … and by bits per byte it is better
 
 # %% [markdown]
-# The two columns tell opposite stories, about the same models and the same text. Only the second can be compared across
-# tokenizers. It is the size of the compressed text: of two models, the one with fewer bits per byte has understood
-# more.
-#
-# (Why do larger tokens help a *bigram*? One token before the next is then four bytes rather than one. A transformer,
-# which sees the whole window anyway, gains less.)
+# The two halves tell opposite stories, about the same models and the same text. Only the second can be compared across
+# tokenizers: it is the size of the compressed text. (Why do larger tokens help a *bigram*? One token before the next is
+# then 3.6 bytes rather than one. A transformer, which sees the whole window anyway, has less to gain.)
 #
 # ## Beside a published law
 #
@@ -311,8 +298,8 @@ assert 0.7 < here / law < 1.1  # at 4096
 assert normalised[4096] > normalised[2048] < normalised[1024]
 
 # %% [markdown]
-# Tokens a character fall in the same way, ours lower: code repeats itself more than the texts they fitted. (Their law
-# is of vocabularies from some thousand pieces on. At 256 the tokens are bytes, and it does not apply.)
+# Tokens a character fall in the same way, ours lower from 1,024 on: code repeats itself more than the texts they fitted.
+# (Their law is of vocabularies from some thousand pieces on. At 256 the tokens are bytes, and it does not apply.)
 #
 # L_u does not rank as bits per byte do: it finds the bigram best at 2,048 pieces, where bits per byte still gain from
 # 4,096. The unigram is part of what a larger vocabulary improves, and L_u subtracts it. Which number to look at depends

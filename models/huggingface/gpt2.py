@@ -42,13 +42,13 @@ def fits(model: LanguageModel) -> bool:
         and all(module.bias is not None for module in model.stack.modules() if hasattr(module, "bias"))
         and all(module.weight is not None for module in model.stack.modules() if hasattr(module, "weight"))
         and model.stack[0].layer.head_dim * model.stack[0].layer.heads == model.config.dim
-        and model.stack[1].layer.activation_name in ACTIVATIONS.values()
+        and model.stack[1].layer.activation in ACTIVATIONS.values()
     )
 
 
 def config_out(model: LanguageModel) -> dict:
     config, ffn = model.config, model.stack[1].layer
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == ffn.activation_name)
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == ffn.activation)
     return dict(
         architectures=["GPT2LMHeadModel"],
         n_layer=len(model.stack) // 2,

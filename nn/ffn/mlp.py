@@ -1,37 +1,11 @@
-from functools import partial
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.glu import activate
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, of which autograd would make twice the passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (positive * dy).mul_(2)
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": SquaredReLU.apply,
-    "silu": F.silu,
-}
 
 
 class MLP(nn.Module):
@@ -53,8 +27,8 @@ class MLP(nn.Module):
         super().__init__()
         at_least(1, width=width)
         self.up = Linear(dim, width or 4 * dim, bias=bias)
-        self.activation_name = activation
+        self.activation = activation
         self.down = output_projection(width or 4 * dim, dim, bias=bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.down(ACTIVATIONS[self.activation_name](self.up(x)))
+        return self.down(activate(self.up(x), activation=self.activation))

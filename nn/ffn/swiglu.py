@@ -1,6 +1,6 @@
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.glu import glu
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
@@ -26,4 +26,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, up = project(x, self.gate, self.up)
-        return self.down(F.silu(gate) * up)
+        return self.down(glu(gate, up, activation="silu"))

@@ -3,6 +3,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.rope import angles, rope
 from nn.checks import at_least
 from nn.context import Context
 from nn.position.none import NoPosition
@@ -41,6 +42,8 @@ class RoPE(NoPosition):
     def frequencies(self, head_dim: int) -> Tensor:
         """(rotated_dim / 2,) float64: radians a position."""
         rotated = int(head_dim * self.fraction)
+        if rotated == 0:
+            raise ValueError(f"fraction: {self.fraction} of {head_dim} coordinates is none")
         if rotated % 2:
             raise ValueError(f"head_dim: rope turns pairs, but {rotated} of {head_dim} coordinates is odd")
         frequency = self.theta ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
@@ -51,19 +54,7 @@ class RoPE(NoPosition):
         return frequency * (kept + (1 - kept) / self.factor)
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
-        cos, sin = context.once((self, x.shape[-1], x.dtype), lambda: self._table(x, context.positions))  # (…, T, 1, R)
-        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        if self.interleaved:
-            partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        else:
-            partner = torch.cat(turned.chunk(2, dim=-1)[::-1], dim=-1)
-        turned = torch.addcmul(turned * cos, partner, sin)
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-    def _table(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """For each coordinate the cosine of its angle, and the sine that its partner in the pair is multiplied by."""
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angle = positions.to(exact)[..., None] * self.frequencies(x.shape[-1]).to(positions.device, exact)  # (…, T, R/2)
-        cos, sin = (angle.cos(), angle.cos()), (-angle.sin(), angle.sin())
-        pair = (lambda ab: torch.stack(ab, -1).flatten(-2)) if self.interleaved else (lambda ab: torch.cat(ab, -1))
-        return pair(cos).unsqueeze(-2).to(x.dtype), pair(sin).unsqueeze(-2).to(x.dtype)
+        head_dim, exact = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        key = (self, head_dim, exact)
+        cos, sin = context.once(key, lambda: angles(context.positions, self.frequencies(head_dim), exact))  # (…, T, R/2)
+        return rope(x, cos, sin, interleaved=self.interleaved)

@@ -51,7 +51,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.permute(*range(x.ndim)[::-1]).clone(memory_format=torch.contiguous_format).permute(*range(x.ndim)[::-1])
 
 
-def arguments(spec: Spec, case: dict, dtype: torch.dtype, layout: str = "contiguous") -> dict:
+def arguments(spec: Spec, case: dict, dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu") -> dict:
     """The case as tensors: floats in `dtype` (float32 at least for the wide ones), integers as int64."""
     made = {}
     for name, value in case.items():
@@ -59,7 +59,7 @@ def arguments(spec: Spec, case: dict, dtype: torch.dtype, layout: str = "contigu
             value = torch.from_numpy(value)
             if value.is_floating_point():
                 value = value.to(torch.promote_types(dtype, torch.float32) if name in spec.wide else dtype)
-            value = laid_out(value, layout).requires_grad_(name in spec.gradients)
+            value = laid_out(value.to(device), layout).requires_grad_(name in spec.gradients)
         made[name] = value
     return made
 
@@ -68,7 +68,7 @@ def as_numpy(call: dict) -> dict:
     def convert(value):
         if not isinstance(value, Tensor):
             return value
-        value = value.detach()
+        value = value.detach().cpu()
         return (value.double() if value.is_floating_point() else value).numpy()
 
     return {name: convert(value) for name, value in call.items()}
@@ -91,7 +91,7 @@ def evaluate(function: Callable, spec: Spec, call: dict) -> tuple[dict, tuple]:
     found = {f"output {i}": r.detach() for i, r in enumerate(results) if r is not None}
     given = gradients_for(results)
     names = [name for name in spec.gradients if isinstance(call.get(name), Tensor)]
-    pairs = [(r, g) for r, g in zip(results, given, strict=True) if g is not None]
+    pairs = [(r, g.to(r.device)) for r, g in zip(results, given, strict=True) if g is not None]
     if names and pairs:
         wanted = [call[name] for name in names]
         grads = torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -99,7 +99,7 @@ def evaluate(function: Callable, spec: Spec, call: dict) -> tuple[dict, tuple]:
             assert grad is not None, f"{name} got no gradient"
             assert grad.dtype == call[name].dtype and grad.shape == call[name].shape, name
             found[f"gradient of {name}"] = grad
-    return found, given
+    return {name: value.cpu() for name, value in found.items()}, given
 
 
 def expected(spec: Spec, arrays: dict, given: tuple) -> dict:
@@ -127,9 +127,9 @@ def largest(x: np.ndarray) -> float:
     return float(np.abs(x).max()) if x.size else 0.0
 
 
-def check(spec: Spec, case: dict, dtype: torch.dtype, path: str, layout: str = "contiguous") -> None:
+def check(spec: Spec, case: dict, dtype: torch.dtype, path: str, layout: str = "contiguous", device: str = "cpu") -> None:
     """The op on this path equals the reference, forward and backward, within the tolerance that the top of this file states."""
-    call = arguments(spec, case, dtype, layout)
+    call = arguments(spec, case, dtype, layout, device)
     arrays = as_numpy(call)
     with use(path), poisoned():
         got, given = evaluate(spec.op, spec, call)
@@ -137,7 +137,7 @@ def check(spec: Spec, case: dict, dtype: torch.dtype, path: str, layout: str = "
     assert got.keys() == want.keys(), (sorted(got), sorted(want))
     theirs = dict.fromkeys(want, 0.0)
     for near in (case, *(shaken(case, 1e-3, seed) for seed in range(3))):
-        call = arguments(spec, near, dtype)
+        call = arguments(spec, near, dtype, device=device)
         found, fed = evaluate(spec.pytorch, spec, call)
         exact = expected(spec, as_numpy(call), fed)
         theirs = {name: max(theirs[name], error_of(found[name], exact[name])) for name in want}

@@ -95,9 +95,5 @@ def test_compile_traces_it_whole(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_gpu(name, dtype):
     """The same property with the compiled kernels."""
-    from tests.kernels.contract import on_device
-
-    with on_device("cuda"):
-        for seed in range(30):
-            case = SPECS[name].inputs(seeded(seed))
-            check(SPECS[name], case, DTYPES[dtype], "triton", LAYOUTS[seed % 4])
+    for seed in range(30):
+        check(SPECS[name], SPECS[name].inputs(seeded(seed)), DTYPES[dtype], "triton", LAYOUTS[seed % 4], "cuda")

@@ -36,17 +36,18 @@ def test_the_widest_row_and_no_eps_are_taken():
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("C", [48, 100])
 @pytest.mark.parametrize("x_dtype, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_parameters_of_another_dtype(path, x_dtype, dtype):
+def test_parameters_of_another_dtype(path, C, x_dtype, dtype):
     """Float32 parameters with bfloat16 rows, and the reverse: each gradient in the dtype of what it is for."""
-    x = torch.randn(20, 48).to(x_dtype).requires_grad_()
-    weight, bias = (torch.randn(48).to(dtype).requires_grad_() for _ in range(2))
-    dy = torch.randn(20, 48).to(x_dtype)
+    x = torch.randn(20, C).to(x_dtype).requires_grad_()
+    weight, bias = (torch.randn(C).to(dtype).requires_grad_() for _ in range(2))
+    dy = torch.randn(20, C).to(x_dtype)
     with use(path):
         y = layer_norm(x, weight, bias)
         got = y, *torch.autograd.grad(y, (x, weight, bias), dy)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    y = F.layer_norm(exact[0], (48,), *exact[1:])
+    y = F.layer_norm(exact[0], (C,), *exact[1:])
     want = y, *torch.autograd.grad(y, exact, dy.double())
     for g, w, d in zip(got, want, (x_dtype, x_dtype, dtype, dtype), strict=True):
         assert g.dtype == d
