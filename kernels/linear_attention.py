@@ -528,8 +528,8 @@ def tiles(q: Tensor, v: Tensor, gate: int) -> dict:
     """Constants of the kernels. Small blocks where products are in float32, which take more registers."""
     small = q.dtype == torch.float32 or gate == 2
     L = min(32 if small else 64, max(16, power_of_2(q.shape[1])))
-    BD, BV = (min(32, max(16, power_of_2(x))) for x in (q.shape[-1], v.shape[-1]))
-    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8, num_stages=1)
+    BD, BV = (min(16 if gate == 2 else 32, max(16, power_of_2(x))) for x in (q.shape[-1], v.shape[-1]))
+    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8 if gate == 2 else 8, num_stages=1)
 
 
 class LinearAttention(torch.autograd.Function):
