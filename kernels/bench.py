@@ -172,8 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         for example in SPECS[name].gpu if device.type == "cuda" else SPECS[name].cpu:
             for row in bench(name, example, device, dtype, roof, flags.compile):
                 label, kind, cost, seconds, *ratios = row
-                print(f"{label:50}{kind:18}{seconds * 1e3:9.3f}{cost.bytes / seconds / 1e9:8.0f}{cost.flops / seconds / 1e12:9.3f}"
-                      f"{roof.seconds(cost) / seconds:7.0%}" + "".join(f"{r:7.2f}x" for r in ratios), flush=True)  # fmt: skip
+                rates = f"{cost.bytes / seconds / 1e9:8.0f}{cost.flops / seconds / 1e12:9.3f}"
+                beside = "".join(f"{ratio:7.2f}x" for ratio in ratios)
+                print(f"{label:50}{kind:18}{seconds * 1e3:9.3f}{rates}{roof.seconds(cost) / seconds:7.0%}{beside}", flush=True)
                 rows.append(row)
     roofline(rows, roof, flags.out)
     print(f"drawn: {flags.out}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, launch, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import INTERPRETED, launch, on_triton, programs, row_tiles, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -154,16 +154,6 @@ def parameters_kernel(dy, x, mean, rstd, dweight, dbias, N, C, ROWS: tl.constexp
         tl.store(dbias + at, biases, columns < C)
 
 
-def tiling(C: int, widest: int) -> dict:
-    """Rows and columns of a program: 4096 numbers or a whole row of up to `widest`; wider ones go by tiles of 4096."""
-    numbers = tile = 4096
-    if INTERPRETED:  # small enough that a few short rows need every case
-        numbers, widest, tile = 128, 64, 32
-    block = power_of_2(C) if C <= widest else tile
-    rows = max(1, numbers // block)
-    return dict(ROWS=rows, BLOCK=block, TILES=-(-C // block), num_warps=4 if block <= 1024 else 8 if block <= 8192 else 16)
-
-
 class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
@@ -174,7 +164,7 @@ class LayerNorm(torch.autograd.Function):
             weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
             y, mean = torch.empty_like(x), x.new_empty(x.shape[:-1] + (1,), dtype=torch.float32)
             rstd = torch.empty_like(mean)
-            tiles = tiling(C, 16384)
+            tiles = row_tiles(C, 16384)
             grid = (-(-mean.numel() // tiles["ROWS"]),)
             launch(forward_kernel, grid, x, weight, bias, y, mean, rstd, mean.numel(), C, eps, **tiles)
         else:
@@ -194,7 +184,7 @@ class LayerNorm(torch.autograd.Function):
         N, C = mean.numel(), x.shape[-1]
         if on_triton(x):
             dy, dx = dy.contiguous(), torch.empty_like(x)
-            tiles = tiling(C, 8192)
+            tiles = row_tiles(C, 8192)
             shares = max(1, min(programs(x.device), -(-N // tiles["ROWS"])))
             sums = [None if d is None else x.new_empty(shares, C, dtype=torch.float32) for d in ctx.dtypes]
             launch(backward_kernel, (shares,), dy, x, weight, mean, rstd, dx, *sums, N, C, **tiles)
