@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.decode_attention import together
 from kernels.launch import architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
 from kernels.query_blocks import torch_backward, torch_forward
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
@@ -559,7 +560,9 @@ def attention(
     K, S = k.shape[1], k.shape[2]
     require(window is None or window > 0, "window", f"at least 1, not {window}")
     require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
-    if plain and T == 1 and S > 0 and not on_triton(q):  # a step of decoding: PyTorch's own kernel has the least to do per call
+    if plain and T == 1 and S > 0 and not on_triton(q):  # a step of decoding, with as little to do per call as can be
+        if q.element_size() == 2:
+            return together(q, k, v, S, window, 0.0, None, D**-0.5 if scale is None else scale)
         if window is not None:
             k, v = k[:, :, -window:], v[:, :, -window:]
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=H != K)

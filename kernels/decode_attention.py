@@ -23,6 +23,7 @@ from kernels.launch import dot, launch, narrow, on_triton, power_of_2, programs,
 from kernels.spec import Cost, Draw, Shape, Spec, require
 
 LOG2E = tl.constexpr(1.4426950408889634)
+CACHED = 2**18  # numbers of the cache that the PyTorch path widens at a time
 
 # B batch, H query heads, K key/value heads, G = H / K, T new queries, S room for keys, D head dim, Dv that of the values
 
@@ -88,10 +89,10 @@ def part_kernel(
         s = dot(queries, tl.trans(keys), tl.zeros((R, N), tl.float32)) * scale
         if softcap is not None:
             s = tanh(s / softcap) * softcap
-        seen = j[None, :] <= last[:, None]
+        behind = last[:, None] - j[None, :]
         if window is not None:
-            seen &= j[None, :] > last[:, None] - window
-        s = tl.where(seen, s * LOG2E, float("-inf"))
+            behind = tl.minimum(behind, window - 1 - behind)
+        s = tl.where(behind >= 0, s * LOG2E, float("-inf"))
         highest = tl.maximum(m, tl.max(s, 1))
         finite = tl.where(highest == float("-inf"), 0, highest)
         p = tl.exp2(s - finite[:, None])
@@ -155,11 +156,10 @@ def by_triton(q, k, v, lengths, window, softcap, sinks, scale) -> Tensor:
 
 def by_pytorch(q, k, v, lengths, window, softcap, sinks, scale) -> Tensor:
     """Rows of the batch with one length together, each on a view of the filled part of the cache."""
-    (B, H, T, D), (_, K, S, DV) = q.shape, v.shape
-    filled = lengths.tolist()
+    S, filled = k.shape[2], lengths.tolist()
     if len(set(filled)) == 1:
         return together(q, k, v, min(filled[0], S), window, softcap, sinks, scale)
-    y = q.new_empty(B, H, T, DV)
+    y = q.new_empty(*q.shape[:3], v.shape[3])
     for b, length in enumerate(filled):
         part = slice(b, b + 1)
         y[part] = together(q[part], k[part], v[part], min(length, S), window, softcap, sinks, scale)
@@ -167,19 +167,28 @@ def by_pytorch(q, k, v, lengths, window, softcap, sinks, scale) -> Tensor:
 
 
 def together(q, k, v, length: int, window, softcap, sinks, scale) -> Tensor:
-    """All rows filled to the same length."""
-    (B, H, T, D), (_, K, _, DV) = q.shape, v.shape
-    start = 0 if window is None else max(0, length - T + 1 - window)
-    keys, values = k[:, :, start:length], v[:, :, start:length]
-    if length >= T == 1 and not softcap and sinks is None and q.element_size() > 2:
-        return F.scaled_dot_product_attention(q, keys, values, scale=scale, enable_gqa=H != K)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    s = torch.matmul(q.reshape(B, K, H // K * T, D), keys.mT).to(wide).mul_(scale)
+    """All rows filled to the same length. Half precision is widened a few rows at a time, small enough to stay in the
+    processor's cache: its products of few rows are slow on a CPU, PyTorch's fused kernel on it slower still."""
+    T, S = q.shape[2], k.shape[2]
+    start = 0 if window is None else min(max(0, length - T + 1 - window), S)
+    k, v = k[:, :, start:length], v[:, :, start:length]
+    options = (start, length, window, softcap, sinks, scale)
+    if q.element_size() > 2:
+        return some_rows(q, k, v, *options)
+    rows = max(1, CACHED // max(1, k[:1].numel()))
+    parts = [some_rows(*(x[b : b + rows].float() for x in (q, k, v)), *options) for b in range(0, max(1, len(q)), rows)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(q.dtype)
+
+
+def some_rows(q, k, v, start: int, length: int, window, softcap, sinks, scale) -> Tensor:
+    """k and v from key `start` on."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    s = torch.matmul(q.reshape(B, K, H // K * T, D), k.mT).mul_(scale)
     if softcap:
         s = s.div_(softcap).tanh_().mul_(softcap)
     if T > 1 or length < 1:
         i = torch.arange(length - T, length, device=q.device)[:, None]
-        j = torch.arange(start, max(start, length), device=q.device)
+        j = torch.arange(start, start + k.shape[2], device=q.device)
         hidden = j > i if window is None else (j > i) | (j <= i - window)
         s.view(B, K, H // K, T, -1).masked_fill_(hidden, -torch.inf)
     p = s.softmax(-1)
@@ -187,8 +196,8 @@ def together(q, k, v, length: int, window, softcap, sinks, scale) -> Tensor:
         p = p.nan_to_num(0)
     if sinks is not None:
         lse = s.logsumexp(-1).view(B, H, T)
-        p.view(B, H, T, -1).mul_(torch.sigmoid(lse - sinks.to(wide)[:, None])[..., None])
-    return torch.matmul(p.to(q.dtype), values).view(B, H, T, DV)
+        p = (p.view(B, H, T, -1) * torch.sigmoid(lse - sinks.to(p.dtype)[:, None])[..., None]).view_as(p)
+    return torch.matmul(p, v).view(B, H, T, v.shape[3])
 
 
 @torch.library.custom_op("rosetta::decode_attention", mutates_args=())

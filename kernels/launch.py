@@ -88,13 +88,13 @@ def power_of_2(n: int) -> int:
 
 
 def row_tiles(C: int, widest: int) -> dict:
-    """How a program holds rows of C numbers: 4096 numbers or a row of up to `widest`; wider rows go by tiles of 4096."""
-    numbers = tile = 4096
+    """How a program holds rows of C numbers: 4096 numbers or a row of up to `widest`; wider rows go by tiles of 2048."""
+    numbers, tile = 4096, 2048
     if INTERPRETED:  # small enough that a few short rows need every case
         numbers, widest, tile = 128, 64, 32
     block = power_of_2(C) if C <= widest else tile
     rows = max(1, numbers // block)
-    return dict(ROWS=rows, BLOCK=block, TILES=-(-C // block), num_warps=4 if block <= 1024 else 8 if C <= 8192 else 16)
+    return dict(ROWS=rows, BLOCK=block, TILES=-(-C // block), num_warps=4 if block <= 1024 else 8 if block <= 8192 else 16)
 
 
 @triton.jit

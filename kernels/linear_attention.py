@@ -178,14 +178,13 @@ def states_kernel(
 def half(row, s):
     """Of blocks of 2 s times: whether row i is in the later half, and (i, j) which times lie between it and the middle."""
     later, other = (row & s) > 0, tl.trans(row)
-    return later, ((row ^ other) < s) & tl.where(later, other <= row, other > row)
+    return later, ((row ^ other) < s) & (tl.where(later, row - other, other - row - 1) >= 0)
 
 
 @triton.jit
 def scores(A, q, k, g, start, row, h, d, rest, H, D, GATE: tl.constexpr, L: tl.constexpr, LEVELS):
-    """A + q k^T of one block of channels, with gates a channel decayed; for j > i without meaning."""
+    """A + q k^T of one block of channels; with gates a channel decayed, and without the diagonal. For j > i no meaning."""
     if GATE == 2:
-        A += tl.where(row == tl.trans(row), tl.sum(q.to(tl.float32) * k.to(tl.float32), 1, keep_dims=True), 0)
         for level in range(LEVELS):
             s = L >> (level + 1)
             later, between = half(row, s)
@@ -195,6 +194,12 @@ def scores(A, q, k, g, start, row, h, d, rest, H, D, GATE: tl.constexpr, L: tl.c
     else:
         A = dot(q, tl.trans(k), A)
     return A
+
+
+@triton.jit
+def on_diagonal(x, row):
+    """x (rows, 1) as the diagonal of a matrix."""
+    return tl.where(row == tl.trans(row), x, 0)
 
 
 @triton.jit
@@ -222,7 +227,7 @@ def output_kernel(
     row, e = tl.arange(0, L)[:, None], tl.program_id(0) % VB * BV + tl.arange(0, BV)[None, :]
     start, rest = b * T + first, T - first
     last = tl.minimum(L, rest) - 1
-    A, out = tl.zeros((L, L), tl.float32), tl.zeros((L, BV), tl.float32)
+    A, out, own = tl.zeros((L, L), tl.float32), tl.zeros((L, BV), tl.float32), tl.zeros((L, 1), tl.float32)
     for block in range(DB):
         d = block * BD + tl.arange(0, BD)[None, :]
         queries, keys = (rows(q, start, row, h // (H // G), d, rest, G, D), rows(k, start, row, h // (H // G), d, rest, G, D))
@@ -231,6 +236,9 @@ def output_kernel(
         S = tl.load(borders + at, (tl.trans(d) < D) & (e < V), 0)
         out = dot((queries * seen).to(queries.dtype), S.to(queries.dtype), out)
         A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
+        if GATE == 2:
+            own += tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1, keep_dims=True)
+    A += on_diagonal(own, row)
     A *= weights(g, runs, start, row, h, rest, H, GATE, L)
     values = rows(v, start, row, h, e, rest, H, V)
     out = dot(A.to(values.dtype), values, out) * scale
@@ -250,11 +258,14 @@ def values_kernel(
     start, rest = b * T + first, T - first
     last = tl.minimum(L, rest) - 1
     state = (head * n + chunk).to(tl.int64) * D * V
-    A = tl.zeros((L, L), tl.float32)
+    A, own = tl.zeros((L, L), tl.float32), tl.zeros((L, 1), tl.float32)
     for block in range(DB):
         d = block * BD + tl.arange(0, BD)[None, :]
         queries, keys = rows(q, start, row, group, d, rest, G, D), rows(k, start, row, group, d, rest, G, D)
         A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
+        if GATE == 2:
+            own += tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1, keep_dims=True)
+    A += on_diagonal(own, row)
     A *= weights(g, runs, start, row, h, rest, H, GATE, L) * scale
     for block in range(VB):
         e = block * BV + tl.arange(0, BV)[None, :]
@@ -288,8 +299,10 @@ def backward_kernel(
         e = block * BV + tl.arange(0, BV)[None, :]
         dA = dot(rows(do, start, row, h, e, rest, H, V), tl.trans(rows(v, start, row, h, e, rest, H, V)), dA)
     w = weights(g, runs, start, row, h, rest, H, GATE, L) * scale
-    later = row >= tl.trans(row)  # (i, t): i at or after t
     slope = tl.zeros((1, L), tl.float32)
+    own, flow_in, flow_out = tl.zeros((L, 1), tl.float32), tl.zeros((L, 1), tl.float32), tl.zeros((L, 1), tl.float32)
+    if GATE == 2:
+        own += tl.sum(on_diagonal(dA * w, row), 1, keep_dims=True)
     if GATE == 1:
         A = tl.zeros((L, L), tl.float32)
         for block in range(DB):
@@ -320,12 +333,12 @@ def backward_kernel(
             kept *= through(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         into, out_of = queries * dqs, keys * dks
         if GATE == 1:
-            into, out_of = tl.sum(into, 1, keep_dims=True), tl.sum(out_of, 1, keep_dims=True)
-            slope += tl.sum(tl.where(later, into, 0) + tl.where(later, 0, out_of), 0, keep_dims=True) + tl.sum(kept)
+            flow_in += tl.sum(into, 1, keep_dims=True)
+            flow_out += tl.sum(out_of, 1, keep_dims=True)
+            slope += tl.sum(kept)
         if GATE == 2:
-            slopes = picked(tl.trans(later), into, tl.zeros((L, BD), tl.float32)) + kept
+            slopes = picked(row <= tl.trans(row), into, tl.zeros((L, BD), tl.float32)) + kept
             slopes = picked(row > tl.trans(row), out_of, slopes)
-            own = tl.sum(tl.where(row == tl.trans(row), dA, 0), 1, keep_dims=True)
             dqs += own * keys
             dks += own * queries
             for level in range(LEVELS):
@@ -350,6 +363,7 @@ def backward_kernel(
         tl.store(dq + at, dqs, (row < rest) & (d < D))
         tl.store(dk + at, dks, (row < rest) & (d < D))
     if GATE == 1:
+        slope += tl.sum(tl.where(row >= tl.trans(row), flow_in, flow_out), 0, keep_dims=True)
         tl.store(dg + place(start, tl.trans(row), h, 0, H, 1), slope, tl.trans(row) < rest)
 
 
@@ -525,11 +539,12 @@ def _(do, dS, q, k, v, g, states, runs, scale):
 
 
 def tiles(q: Tensor, v: Tensor, gate: int) -> dict:
-    """Constants of the kernels. Small blocks where products are in float32, which take more registers."""
-    small = q.dtype == torch.float32 or gate == 2
-    L = min(32 if small else 64, max(16, power_of_2(q.shape[1])))
-    BD, BV = (min(16 if gate == 2 else 32, max(16, power_of_2(x))) for x in (q.shape[-1], v.shape[-1]))
-    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8 if gate == 2 else 8, num_stages=1)
+    """Constants of the kernels: smaller blocks where products are in float32 or many, which take more registers."""
+    longest, widest = (32 if q.dtype == torch.float32 or gate == 2 else 64), (16 if gate == 2 else 32)
+    L, BD, BV = (
+        min(m, max(16, power_of_2(x))) for m, x in ((longest, q.shape[1]), (widest, q.shape[-1]), (widest, v.shape[-1]))
+    )
+    return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8, num_stages=1, maxnreg=255)
 
 
 class LinearAttention(torch.autograd.Function):

@@ -52,8 +52,8 @@ def test_what_makes_no_angles_is_named(name, arguments):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_position_multiplies_by_a_complex_number(path, interleaved):
     """Pair i of a token at position p, as a complex number, times e^(i p f): forward; and of its conjugate: backward."""
-    positions, frequencies = torch.tensor([[0, 7, 3], [1, 2, 100]]), torch.tensor([1.0, 0.3, -0.01, 0.0])
-    x, dy = (torch.randn(2, 3, 5, 8, dtype=torch.float32) for _ in range(2))
+    positions, frequencies = torch.tensor([[0, 7, 3], [1, 2, 100], [5, 5, 9]]), torch.tensor([1.0, 0.3, -0.01, 0.0])
+    x, dy = (torch.randn(3, 3, 5, 8) for _ in range(2))
     turn = torch.polar(torch.ones(()), (positions[..., None] * frequencies))[:, :, None]
 
     def times(x, turn):
@@ -113,3 +113,13 @@ def test_a_part_of_a_joint_projection_is_read_where_it_lies(path, interleaved):
         turned_back = rope(y, cos, -sin, interleaved=interleaved)
     torch.testing.assert_close(turned_back, part)
     torch.testing.assert_close(y.norm(dim=-1), part.norm(dim=-1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_last_of_three_coordinates_passes_through(path, interleaved):
+    x = torch.randn(2, 3, 4, 3)
+    with use(path):
+        y = rope(x, *angles(torch.arange(3), torch.ones(1)), interleaved=interleaved)
+    assert y.shape == x.shape and torch.equal(y[..., 2], x[..., 2])
+    assert torch.equal(y[:, 0], x[:, 0]) and not torch.equal(y[:, 1:, :, :2], x[:, 1:, :, :2])
