@@ -113,7 +113,7 @@ def intervals(x, low, high, count, limit, shift, back, ahead, window, exempt):
     if window is not None:
         near, far = tl.maximum(start, x + shift - window + 1), tl.minimum(end, x + shift + window)
         if exempt is not None:
-            near, far = tl.where(x < exempt, start, near), tl.where(x < exempt, end, far)
+            far = tl.where(x < exempt, end, far)  # what lies before near is a global token itself
     return near, far, start, end
 
 
@@ -406,7 +406,7 @@ def tile_sizes(q: Tensor, D: int, DV: int) -> tuple[dict, dict, dict]:
     if device.startswith("gfx"):
         return sizes(128, 64, 8, 2), sizes(64, 64, 4, 2), sizes(32, 64, 4, 2)
     if device == "sm_90":
-        return sizes(128, 128, 8, 2), sizes(128, 64, 8, 2), sizes(64 if wide <= 64 else 32, 128, 8, 2)
+        return sizes(128, 128, 8, 2), sizes(128, 64, 8, 2), sizes(32, 128, 8, 2)
     keys = sizes(32, 64, 4, 1) if device.startswith("sm_1") and wide > 64 else sizes(32, 64, 8, 2)
     return sizes(128, 64, 8, 2), sizes(64, 64, 8, 2), keys
 
@@ -517,6 +517,11 @@ def spans(
     return low.to(torch.int32).contiguous(), high.to(torch.int32).contiguous()
 
 
+def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:
+    """(1, length) int64: what `documents` takes, from where documents begin and the last ends, (N + 1,) rising from 0."""
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(length, device=cu_seqlens.device), right=True)[None]
+
+
 def merge(y1: Tensor, lse1: Tensor, y2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from attention over each: y (…, T, Dv), lse (…, T). A sink joins one of them."""
     highest = torch.maximum(lse1, lse2).detach()
@@ -561,7 +566,7 @@ def attention(
     require(window is None or window > 0, "window", f"at least 1, not {window}")
     require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
     if plain and T == 1 and S > 0 and not on_triton(q):  # a step of decoding, with as little to do per call as can be
-        if q.element_size() == 2:
+        if q.element_size() == 2 and not q.is_cuda:
             return together(q, k, v, S, window, 0.0, None, D**-0.5 if scale is None else scale)
         if window is not None:
             k, v = k[:, :, -window:], v[:, :, -window:]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import dot, launch, narrow, on_triton, power_of_2, tl, triton
+from kernels.launch import architecture, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, require
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -199,13 +199,16 @@ def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
 def tiled(q: Tensor, v: Tensor, mask: Tensor, block: int, causal: bool, T: int, S: int) -> tuple[Tensor, dict]:
     """The mask spelled out for the tiles of a program, which may be smaller than its blocks, and the kernels' constants.
 
-    Tiles are what registers hold: 64 rows of up to 128 numbers, fewer in float32, which has no tensor cores.
+    Tiles are what registers hold: 64 rows, 32 where rows are wide, 16 in float32, which has no tensor cores.
     """
     width, width_v = (max(16, power_of_2(x.shape[-1])) for x in (q, v))
-    tile = min(block, 32 if q.dtype == torch.float32 or max(width, width_v) > 128 else 64)
+    widest = max(width, width_v)
+    tile = min(block, 16 if q.dtype == torch.float32 else 32 if widest > 128 else 64)
     finer = mask.repeat_interleave(block // tile, 1).repeat_interleave(block // tile, 2)
-    stages = 1 if max(width, width_v) > 64 else 2
-    options = dict(CAUSAL=causal, BLOCK=tile, WIDTH=width, WIDTH_V=width_v, num_warps=4, num_stages=stages)
+    warps, stages = (8, 1) if widest > 64 or q.dtype == torch.float32 else (4, 2)
+    if architecture(q.device).startswith("gfx") and q.dtype != torch.float32:
+        warps = 4  # of 64 threads
+    options = dict(CAUSAL=causal, BLOCK=tile, WIDTH=width, WIDTH_V=width_v, num_warps=warps, num_stages=stages)
     return finer[:, : -(-T // tile), : -(-S // tile)], options
 
 

@@ -148,8 +148,10 @@ def backward_kernel(
             dp += tl.load(dy + at, (t >= 0) & (t < T) & (c < C), 0).to(tl.float32)
             if SILU:
                 p = preactivation(x, weight, bias, state, runs, own, b, t, c, T, C, W, ROWS, BLOCK)
-                s = tl.sigmoid(p)
-                dp *= s * (1 + p * (1 - s))
+                small = tl.exp(-tl.abs(p))
+                s = tl.where(p < 0, small, 1) / (1 + small)
+                rest = tl.where(p < 0, 1, small) / (1 + small)  # 1 - s with all its digits
+                dp *= s * (1 + p * rest)
         tl.store(scratch + row * BLOCK + column, dp)
         tl.debug_barrier()
         dp = tl.where(row < ROWS - W + 1, dp, 0)

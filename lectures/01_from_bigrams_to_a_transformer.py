@@ -169,16 +169,15 @@ kept = {order: sum(len(grams[n][0]) for n in range(1, order + 1)) for order in g
 trigram = climb("trigram counts, Kneser-Ney", kneser_ney(3), kept[3])
 
 every = torch.arange(V)[:, None].expand(V, T)  # chances must sum to one: try every next byte after one window
-total = kneser_ney(3)(batches[0].inputs[:1].expand(V, T), every).exp().sum(0)
+total = kneser_ney(3)(batches[0].inputs[:1].expand(V, T), every).exp().sum(0)  # (T,)
 assert torch.allclose(total, torch.ones_like(total))
 
 # %% [markdown]
 # ## Step 4: the bigram again, as a network
 #
-# Counting has no way to *share*: what it learns about `for i in` says nothing about `for j in`. A network can share,
-# because it learns numbers from which tables are computed. First the simplest one, which shares nothing, to see that
-# learning by gradient finds what counting finds. Row a of a matrix W (V, V) holds the scores of what may follow a;
-# softmax makes them probabilities:
+# Counting has no way to *share*: what it learns about `for i in` says nothing about `for j in`. A network can, because
+# it learns numbers from which tables are computed. First one that shares nothing, to see that learning by gradient
+# finds what counting finds. Row a of W (V, V) holds the scores of what may follow a; softmax makes them probabilities:
 #
 #     p(b | a) = exp W[a, b] / sum over c of exp W[a, c]              loss = mean of -log p(b | a)
 #     d loss / d W[a, b] = (N(a) p(b | a) - N(ab)) / N                 N: pairs in the text
@@ -312,8 +311,7 @@ model = network("(gqa:qk_norm=true mlp:activation=relu2)*2")
 transformer = climb_network("transformer, two layers", model)
 assert uniform > unigram > bigram > trigram > window > layer > transformer  # each step is a step down
 
-project = bits_per_byte(model, batches, tokenizer.token_bytes)  # the project's own measure
-assert math.isclose(project, transformer, rel_tol=1e-4)
+assert math.isclose(transformer, bits_per_byte(model, batches, tokenizer.token_bytes), rel_tol=1e-4)  # as eval.py measures
 
 # %% [markdown]
 # ## What counting still does better

@@ -194,11 +194,11 @@ def step(dtype: torch.dtype) -> list[float]:
 
 
 def faults() -> tuple[float, int]:
-    """Seconds of a step, and its page faults: the least of a few, the first of which also sets things up."""
+    """Seconds of a step, and its page faults: the least of two, after one that sets things up."""
     import resource  # not on every system
 
     seen = []
-    for _ in range(4):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         seconds = sum(step(fast))
         seen.append((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
@@ -279,9 +279,8 @@ assert points["square 32"][1] < 0.5 * points["square 1024"][1]
 
 # %% [markdown]
 # Why do *small* squares fall short? They lie in the cache, so memory is not it. A product of 32 x 32 is 65,536 FLOPs, a
-# fraction of a microsecond, and to call a routine, choose its kernel and fill its pipelines takes longer than that.
-# Small work is all overhead. It is why a model of width 64 never runs at the rate of one of width 1024, and why
-# train.py stacks rows into a batch.
+# fraction of a microsecond, and to call a routine, choose its kernel and fill its pipelines takes longer than that. It
+# is why a model of width 64 never runs at the rate of one of width 1024, and why train.py stacks rows into a batch.
 #
 # ## Seconds, by part, and the share of the peak
 #

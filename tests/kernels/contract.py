@@ -43,7 +43,7 @@ def poisoned():
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers in another place of memory: with gaps, after a gap, or with the axes in reverse order."""
     if x.ndim == 0 or layout == "contiguous":
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     if layout == "strided":
         return torch.stack([x, torch.full_like(x, -7)], dim=-1)[..., 0]
     if layout == "offset":

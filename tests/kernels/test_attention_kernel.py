@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention, merge, spans
+from kernels.attention import attention, document_ids, merge, spans
 from kernels.launch import TRITON, use
 
 interpreted = pytest.mark.skipif(not TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -42,6 +42,19 @@ def test_wide_masks_are_no_masks(path):
 
 
 @paths
+def test_global_tokens_see_and_are_seen(path):
+    """Nothing of what a global token or its neighbours in the window say is lost to the others, and no more than that."""
+    q, k, v = qkv(B=1)
+    with use(path):
+        y = attention(q, k, v, causal=False, window=4, global_tokens=3)
+        full, near = attention(q, k, v, causal=False), attention(q, k, v, causal=False, window=4)
+        lonely = attention(q[:, :, :7], k[:, :, :7], v[:, :, :7], causal=False, window=4, global_tokens=3)
+    torch.testing.assert_close(y[:, :, :3], full[:, :, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y[:, :, 3], lonely[:, :, 3], rtol=1e-4, atol=1e-5)
+    assert ((y - near).abs().amax((0, 1, 3)) > 1e-3).sum() == 34  # the fourth alone has all global tokens in its window
+
+
+@paths
 def test_a_window_of_one_gives_the_values(path):
     q, k, v = qkv(K=2, DV=24)
     with use(path):
@@ -54,7 +67,8 @@ def test_a_window_of_one_gives_the_values(path):
 def test_packed_documents_are_documents_alone(path):
     q, k, v = qkv(B=1)
     borders = [0, 13, 14, 35]
-    ids = torch.cat([torch.full((b - a,), n % 2) for n, (a, b) in enumerate(zip(borders, borders[1:], strict=False))])[None]
+    ids = document_ids(torch.tensor(borders), 35)
+    assert ids.tolist() == [[0] * 13 + [1] + [2] * 21]
     with use(path):
         packed = attention(q, k, v, documents=ids)
         shared = attention(q, k, v, shared_spans=spans(1, 35, 35, documents=ids))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.causal_conv1d import causal_conv1d, pytorch, step
+from kernels.causal_conv1d import SPEC, causal_conv1d, pytorch, step
+from tests.kernels.contract import check, interpreted, seeded
 
 B, T, C, W = 2, 9, 6, 4
 GOOD = dict(x=torch.randn(B, T, C), weight=torch.randn(C, W), bias=torch.randn(C), activation="silu")
@@ -68,3 +69,20 @@ def test_agrees_with_conv1d_at_a_real_size():
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), g) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [2, 41])
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=interpreted)])
+def test_everything_at_once(path, T):
+    """Documents shorter than the filter, one of them begun in the state, some ending within it."""
+    draw = seeded(3)
+    case = dict(
+        x=draw.normal(2, T, 35),
+        weight=draw.normal(35, 4),
+        bias=draw.normal(35),
+        activation="silu",
+        initial_state=draw.normal(2, 3, 35),
+        documents=draw.integers(2, T, high=3) // 3,
+    )
+    check(SPEC, case, torch.float32, path)
+    check(SPEC, case | dict(documents=None), torch.float32, path)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import use
-from kernels.layernorm import layer_norm, tiling
+from kernels.launch import row_tiles, use
+from kernels.layernorm import layer_norm
 from tests.kernels.contract import interpreted
 
 PATHS = ["torch", pytest.param("triton", marks=interpreted)]
@@ -80,6 +80,6 @@ def test_statistics_of_half_precision_rows_are_float32(path):
 
 def test_every_width_is_covered_by_its_tiles():
     for C in [1, 31, 32, 33, 63, 64, 65, 100, 4096, 65536]:
-        tiles = tiling(C, 16384)
+        tiles = row_tiles(C, 16384)
         assert (tiles["TILES"] - 1) * tiles["BLOCK"] < C <= tiles["TILES"] * tiles["BLOCK"]
         assert tiles["BLOCK"] & (tiles["BLOCK"] - 1) == 0 < tiles["ROWS"]
