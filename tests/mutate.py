@@ -32,7 +32,7 @@ import torch
 import kernels
 from kernels.launch import use
 from kernels.spec import Spec
-from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, evaluate, seeded
+from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, check_reference, evaluate, seeded
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
@@ -127,6 +127,7 @@ def contract(spec: Spec) -> None:
         case = spec.inputs(seeded(seed))
         check(spec, case, spec.dtypes[0], "triton", LAYOUTS[seed % 4])
         check(spec, case, torch.float64, "torch", LAYOUTS[(seed + 1) % 4])
+        check_reference(spec, case)
         if spec.gradients and seed < 6:
             check_finite_differences(spec, case)
     for seed, dtype in enumerate(spec.dtypes):

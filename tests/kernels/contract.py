@@ -155,6 +155,15 @@ def error_of(found: Tensor, exact: np.ndarray) -> float:
     return largest(found.double().numpy() - exact)
 
 
+def check_reference(spec: Spec, case: dict) -> None:
+    """The reference is PyTorch's equation too, to the last digits of float64: a wrong one would widen every tolerance."""
+    call = arguments(spec, case, torch.float64)
+    found, given = evaluate(spec.pytorch, spec, call)
+    for name, exact in expected(spec, as_numpy(call), given).items():
+        error = error_of(found[name], exact)
+        assert error <= 1e-9 * (1 + largest(exact)), f"{name}: the reference is off PyTorch's by {error:.3g}"
+
+
 def check_finite_differences(spec: Spec, case: dict) -> None:
     """reference_backward against central differences of the reference, along a random direction of each input."""
     arrays = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in case.items()}

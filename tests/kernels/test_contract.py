@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from kernels import SPECS
 from kernels.launch import use
 from kernels.spec import Draw
-from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, evaluate, interpreted, seeded
+from tests.kernels.contract import (
+    LAYOUTS,
+    arguments,
+    check,
+    check_finite_differences,
+    check_reference,
+    evaluate,
+    interpreted,
+    seeded,
+)
 
 each = pytest.mark.parametrize("name", SPECS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,6 +54,12 @@ def test_pytorch_path(name, dtype):
         check(SPECS[name], SPECS[name].inputs(draw_from(data)), getattr(torch, dtype), "torch", layout)
 
     run()
+
+
+@each
+def test_the_reference_is_pytorchs_equation(name):
+    for seed in range(20):
+        check_reference(SPECS[name], SPECS[name].inputs(seeded(seed)))
 
 
 @each
