@@ -265,18 +265,18 @@ class CausalConv1d(torch.autograd.Function):
             g = torch.ops.aten.silu_backward(g, p) if ctx.silu else g
             columns = weight.t().to(wide).contiguous()
             padded = x.new_zeros(B, W - 1, C, dtype=wide)  # the gradient of the numbers before the start
-            dx, lags = g * columns[W - 1], [torch.einsum("btc,btc->c", g, h)]
+            dx, lags = g * columns[W - 1], [(g * h).sum((0, 1))]
             for lag in range(1, W):
                 column = columns[W - 1 - lag]
                 later = same(g[:, lag:], runs, lag)
                 dx[:, : max(0, T - lag)].addcmul_(later, column)
-                lags.append(torch.einsum("btc,btc->c", later, h[:, : max(0, T - lag)]))
+                lags.append((later * h[:, : max(0, T - lag)]).sum((0, 1)))
                 if state is not None:
                     many = min(lag, T)
                     place = slice(W - 1 - lag, W - 1 - lag + many)
                     first = g[:, :many] if runs is None else g[:, :many] * (runs[:, :many, None] == 0)
                     padded[:, place].addcmul_(first, column)
-                    lags[-1] += torch.einsum("btc,btc->c", first, state[:, place].to(wide))
+                    lags[-1] += (first * state[:, place].to(wide)).sum((0, 1))
             if dfinal is not None:
                 g_last = dfinal if runs is None or T == 0 else dfinal * belongs(runs, W)
                 many = min(T, W - 1)

@@ -108,10 +108,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 x in another dtype, rounded to the nearest. The interpreter cuts bfloat16 off: there the bits are rounded."""
+    """x in another dtype, rounded to the nearest. The interpreter cuts bfloat16 off: there the bits are rounded."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)

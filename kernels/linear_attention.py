@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import dot, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, H heads, G groups of heads that share q and k, D key width, V value width, L times of a chunk, n chunks
@@ -165,11 +165,11 @@ def states_kernel(
         last = tl.minimum(L, rest) - 1
         tl.store(borders + (head * n + chunk).to(tl.int64) * D * V + tile, S, inside)
         row = tl.arange(0, L)[:, None]
-        values = rows(v, start, row, h, e[None, :], rest, H, V)
+        values = narrow(rows(v, start, row, h, e[None, :], rest, H, V), x.dtype.element_ty)
         seen, left = edges(g, runs, start, row, h, d[None, :], first, last, rest, H, D, GATE)
         weighted = rows(x, start, row, h // (H // G), d[None, :], rest, G, D).to(tl.float32) * (seen * scale if BACK else left)
         S *= tl.trans(through(g, runs, start, row, h, d[None, :], first, last, rest, H, D, GATE))
-        S = dot(tl.trans(weighted.to(values.dtype)), values, S)
+        S = dot(tl.trans(narrow(weighted, values.dtype)), values, S)
     if final is not None:
         tl.store(final + head.to(tl.int64) * D * V + tile, S, inside)
 
@@ -189,7 +189,7 @@ def scores(A, q, k, g, start, row, h, d, rest, H, D, GATE: tl.constexpr, L: tl.c
             s = L >> (level + 1)
             later, between = half(row, s)
             size = tl.exp(summed(between, g, start, row, h, d, rest, H, D, GATE))
-            x, y = tl.where(later, q * size, 0).to(q.dtype), tl.where(later, 0, k * size).to(k.dtype)
+            x, y = narrow(tl.where(later, q * size, 0), q.dtype), narrow(tl.where(later, 0, k * size), k.dtype)
             A += tl.where((row ^ tl.trans(row)) < 2 * s, dot(x, tl.trans(y), tl.zeros((L, L), tl.float32)), 0)
     else:
         A = dot(q, tl.trans(k), A)
@@ -235,14 +235,14 @@ def output_kernel(
         seen, _ = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         at = (head * n + chunk).to(tl.int64) * D * V + tl.trans(d) * V + e
         S = tl.load(borders + at, (tl.trans(d) < D) & (e < V), 0)
-        out = dot((queries * seen).to(queries.dtype), S.to(queries.dtype), out)
+        out = dot(narrow(queries * seen, queries.dtype), narrow(S, queries.dtype), out)
         A = scores(A, queries, keys, g, start, row, h, d, rest, H, D, GATE, L, LEVELS)
         if GATE == 2:
             own += tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1, keep_dims=True)
     A += on_diagonal(own, row)
     A *= weights(g, runs, start, row, h, rest, H, GATE, L)
-    values = rows(v, start, row, h, e, rest, H, V)
-    out = dot(A.to(values.dtype), values, out) * scale
+    values = narrow(rows(v, start, row, h, e, rest, H, V), q.dtype.element_ty)
+    out = dot(narrow(A, values.dtype), values, out) * scale
     tl.store(o + place(start, row, h, e, H, V), out, (row < rest) & (e < V))
 
 
@@ -272,21 +272,22 @@ def values_kernel(
         dA = tl.zeros((L, L), tl.float32)
         for block in range(VB):
             e = block * BV + tl.arange(0, BV)[None, :]
-            dA = dot(rows(do, start, row, h, e, rest, H, V), tl.trans(rows(v, start, row, h, e, rest, H, V)), dA)
+            douts, values = rows(do, start, row, h, e, rest, H, V), rows(v, start, row, h, e, rest, H, V)
+            dA = dot(narrow(douts, q.dtype.element_ty), tl.trans(narrow(values, q.dtype.element_ty)), dA)
         earlier = tl.cumsum(A * dA, 1)  # (i, j): all pairs of i with times up to j
         flows = tl.sum(tl.where(row > tl.trans(row), earlier, 0), 0, keep_dims=True)  # from up to j to beyond it
         slope = tl.sum(tl.where(row == tl.trans(row) + 1, flows, 0), 1, keep_dims=True)
         tl.store(dg + place(start, row, h, 0, H, 1), slope, row < rest)
     for block in range(VB):
         e = block * BV + tl.arange(0, BV)[None, :]
-        douts = rows(do, start, row, h, e, rest, H, V)
-        found = dot(tl.trans(A.to(douts.dtype)), douts, tl.zeros((L, BV), tl.float32))
+        douts = narrow(rows(do, start, row, h, e, rest, H, V), q.dtype.element_ty)
+        found = dot(tl.trans(narrow(A, douts.dtype)), douts, tl.zeros((L, BV), tl.float32))
         for inner in range(DB):
             d = inner * BD + tl.arange(0, BD)[None, :]
             _, left = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
             keys = rows(k, start, row, group, d, rest, G, D)
             dS = tl.load(dborders + state + tl.trans(d) * V + e, (tl.trans(d) < D) & (e < V), 0)
-            found = dot((keys * left).to(keys.dtype), dS.to(keys.dtype), found)
+            found = dot(narrow(keys * left, keys.dtype), narrow(dS, keys.dtype), found)
         tl.store(dv + place(start, row, h, e, H, V), found, (row < rest) & (e < V))
 
 
@@ -307,7 +308,8 @@ def backward_kernel(
     dA = tl.zeros((L, L), tl.float32)
     for block in range(VB):
         e = block * BV + tl.arange(0, BV)[None, :]
-        dA = dot(rows(do, start, row, h, e, rest, H, V), tl.trans(rows(v, start, row, h, e, rest, H, V)), dA)
+        douts, values = rows(do, start, row, h, e, rest, H, V), rows(v, start, row, h, e, rest, H, V)
+        dA = dot(narrow(douts, q.dtype.element_ty), tl.trans(narrow(values, q.dtype.element_ty)), dA)
     w = weights(g, runs, start, row, h, rest, H, GATE, L) * scale
     slope, own = tl.zeros((L, 1), tl.float32), tl.zeros((L, 1), tl.float32)
     flow_in, flow_out = tl.zeros((L, 1), tl.float32), tl.zeros((L, 1), tl.float32)
@@ -324,8 +326,9 @@ def backward_kernel(
             inside = (e < V) & (d < D)
             S = tl.load(borders + state + d * V + e, inside, 0)  # (BV, BD)
             dS = tl.load(dborders + state + d * V + e, inside, 0)
-            dqs = dot(rows(do, start, row, h, tl.trans(e), rest, H, V), S.to(queries.dtype), dqs)
-            dks = dot(rows(v, start, row, h, tl.trans(e), rest, H, V), dS.to(queries.dtype), dks)
+            douts, values = rows(do, start, row, h, tl.trans(e), rest, H, V), rows(v, start, row, h, tl.trans(e), rest, H, V)
+            dqs = dot(narrow(douts, queries.dtype), narrow(S, queries.dtype), dqs)
+            dks = dot(narrow(values, queries.dtype), narrow(dS, queries.dtype), dks)
             kept += tl.sum(S * dS, 0, keep_dims=True)
         seen, left = edges(g, runs, start, row, h, d, first, last, rest, H, D, GATE)
         dqs *= seen * scale
@@ -346,10 +349,10 @@ def backward_kernel(
                 s = L >> (level + 1)
                 is_later, between = half(row, s)
                 size = tl.exp(summed(between, g, start, row, h, d, rest, H, D, GATE))
-                pairs = tl.where((row ^ tl.trans(row)) < 2 * s, dA, 0).to(queries.dtype)
+                pairs = narrow(tl.where((row ^ tl.trans(row)) < 2 * s, dA, 0), queries.dtype)
                 x, y = (
-                    tl.where(is_later, queries * size, 0).to(queries.dtype),
-                    tl.where(is_later, 0, keys * size).to(keys.dtype),
+                    narrow(tl.where(is_later, queries * size, 0), queries.dtype),
+                    narrow(tl.where(is_later, 0, keys * size), keys.dtype),
                 )
                 dx = tl.where(is_later, dot(pairs, y, tl.zeros((L, BD), tl.float32)) * size, 0)
                 dy = tl.where(is_later, 0, dot(tl.trans(pairs), x, tl.zeros((L, BD), tl.float32)) * size)
@@ -358,8 +361,8 @@ def backward_kernel(
                 dks += dy
             tl.store(dg + place(start, row, h, d, H, D), slopes, (row < rest) & (d < D))
         else:
-            dqs = dot(dA.to(keys.dtype), keys, dqs)
-            dks = dot(tl.trans(dA.to(queries.dtype)), queries, dks)
+            dqs = dot(narrow(dA, keys.dtype), keys, dqs)
+            dks = dot(tl.trans(narrow(dA, queries.dtype)), queries, dks)
         at = place(start, row, h, d, H, D)
         tl.store(dq + at, dqs, (row < rest) & (d < D))
         tl.store(dk + at, dks, (row < rest) & (d < D))
@@ -627,9 +630,9 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """o_t = scale S_t^T q_t and the final state of S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T.
 
-    q and k (B, T, G, D), v (B, T, H, V) of one dtype, G dividing H: heads in order share a q and k. g, the logarithm of
-    the decay, at most 0, of any dtype: None, (H,), (B, T, H), or with G = H (B, T, H, D). scale None is D^-1/2.
-    initial_state (B, H, D, V); documents (B, T), integers of which a run of equal ones is a document. Returns o
+    q and k (B, T, G, D), v (B, T, H, V) of one dtype, or v in float32; G divides H: heads in order share a q and k. g, the
+    logarithm of the decay, at most 0, of any dtype: None, (H,), (B, T, H), or with G = H (B, T, H, D). scale None is
+    D^-1/2. initial_state (B, H, D, V); documents (B, T), integers of which a run of equal ones is a document. Returns o
     (B, T, H, V) in the dtype of v and the final state (B, H, D, V) in float32 (float64 if v is). ValueError for an
     argument that does not fit.
     """
@@ -641,8 +644,12 @@ def linear_attention(
     require(G > 0 and H % G == 0, "q", f"a number of heads that divides {H}, not {G}")
     require(0 < D <= 256, "q", f"heads of 1 to 256 numbers, not {D}")
     require(k.shape == q.shape, "k", f"the shape of q, {tuple(q.shape)}, not {tuple(k.shape)}")
-    for name, x in (("q", q), ("k", k)):
-        require(x.dtype == v.dtype, name, f"the dtype of v, {v.dtype}, not {x.dtype}")
+    require(
+        q.is_floating_point() and (q.dtype == v.dtype or (v.dtype == torch.float32 and q.dtype.itemsize == 2)),
+        "q",
+        f"not {q.dtype} with v {v.dtype}",
+    )
+    require(k.dtype == q.dtype, "k", f"the dtype of q, {q.dtype}, not {k.dtype}")
     if g is not None:
         shapes = [(H,), (B, T, H)] + [(B, T, H, D)] * (G == H)
         require(tuple(g.shape) in shapes, "g", f"one of {', '.join(map(str, shapes))}, not {tuple(g.shape)}")

@@ -121,11 +121,11 @@ def ssd(
     wide = torch.promote_types(x.dtype, torch.float32)
     d = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
     d = F.softplus(d) if dt_softplus else d
-    v = (x * d.unsqueeze(-1)).to(x.dtype)
+    v = x * d.unsqueeze(-1)  # in float32, as y comes back: each is rounded once, at the end
     initial = None if initial_state is None else initial_state.to(wide).mT
     y, final = linear_attention(C, B, v, d * A, scale=1.0, initial_state=initial, documents=documents)
-    y = y if D is None else torch.addcmul(y.to(wide), x.to(wide), D.to(wide).unsqueeze(-1)).to(x.dtype)
-    return y, final.mT
+    y = y if D is None else torch.addcmul(y, x.to(wide), D.to(wide).unsqueeze(-1))
+    return y.to(x.dtype), final.mT
 
 
 def step(x, dt, A, B, C, D=None, *, state: Tensor, **options) -> tuple[Tensor, Tensor]:
