@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decode_attention import together
-from kernels.launch import architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import apply, architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
 from kernels.query_blocks import torch_backward, torch_forward
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -595,7 +595,7 @@ def attention(
     slopes = None if alibi is None else alibi.detach().contiguous()
     first_tokens = global_tokens if global_tokens and window is not None else None
     options = (causal, window, first_tokens, scale, cap)
-    return Attention.apply(q, k, v, sinks if sinks is None else sinks.contiguous(), slopes, low, high, options, with_lse)
+    return apply(Attention, q, k, v, sinks if sinks is None else sinks.contiguous(), slopes, low, high, options, with_lse)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

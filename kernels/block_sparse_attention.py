@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import architecture, dot, launch, narrow, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, architecture, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, require
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -337,7 +337,7 @@ def block_sparse_attention(
     require(fits, "mask", f"bool (1 or {H}, {shape[0]}, {shape[1]}), not {mask.dtype} {tuple(mask.shape)}")
     require(not causal or T <= S, "causal", f"{T} queries cannot be the last of {S} tokens")
     require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
-    return BlockSparseAttention.apply(q, k, v, mask, block, causal, D**-0.5 if scale is None else scale)
+    return apply(BlockSparseAttention, q, k, v, mask, block, causal, D**-0.5 if scale is None else scale)
 
 
 def pytorch(q, k, v, mask, *, block=64, causal=False, scale=None):

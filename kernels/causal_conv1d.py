@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import launch, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, programs, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, C channels, W taps
@@ -322,7 +322,7 @@ def causal_conv1d(
         if T > 0:
             borders = documents[:, 1:] != documents[:, :-1]
             runs = torch.nn.functional.pad(borders.cumsum(1, dtype=torch.int32), (1, 0))
-    return CausalConv1d.apply(x, weight, bias, initial_state, runs, activation == "silu")
+    return apply(CausalConv1d, x, weight, bias, initial_state, runs, activation == "silu")
 
 
 def step(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import INTERPRETED, apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in float32, which stays in its caches
@@ -263,7 +263,7 @@ def cross_entropy(
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
         require(len(wrong) == 0, "targets", f"columns from 0 to {V - 1} or {ignore_index}, not {wrong[:1].tolist()}")
-    return CrossEntropy.apply(logits, targets, ignore_index, label_smoothing, z_loss, softcap)
+    return apply(CrossEntropy, logits, targets, ignore_index, label_smoothing, z_loss, softcap)
 
 
 def pytorch(logits, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0):

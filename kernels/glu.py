@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import launch, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -313,7 +313,7 @@ def glu(gate: Tensor, up: Tensor | None = None, *, activation: str) -> Tensor:
         require(up.shape == gate.shape, "up", f"the shape of gate, {tuple(gate.shape)}, not {tuple(up.shape)}")
         require(up.dtype == gate.dtype, "up", f"the dtype of gate, {gate.dtype}, not {up.dtype}")
     require(activation in GATES, "activation", f"one of {', '.join(GATES)}, not {activation!r}")
-    return GLU.apply(gate, up, activation)
+    return apply(GLU, gate, up, activation)
 
 
 def activate(x: Tensor, scale: Tensor | float | None = None, bias: Tensor | float | None = None, *, activation: str) -> Tensor:
@@ -331,7 +331,7 @@ def activate(x: Tensor, scale: Tensor | float | None = None, bias: Tensor | floa
         require(not isinstance(given, Tensor) or given.numel() == 1, name, "one number")
     if star:
         scale, bias = (as_scalar(d if given is None else given, x) for given, d in zip((scale, bias), STAR, strict=True))
-    return Activation.apply(x, scale, bias, "relu2" if star else activation)
+    return apply(Activation, x, scale, bias, "relu2" if star else activation)
 
 
 def as_scalar(number: Tensor | float, x: Tensor) -> Tensor:

@@ -33,6 +33,23 @@ def on_triton(x: Tensor) -> bool:
     return _path == "triton"
 
 
+class Forgetful:
+    """The context of a forward pass that no backward pass follows."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, or its forward pass alone where no gradient is asked for: a step of decoding is many small ops."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return function.apply(*args)
+    return function.forward(Forgetful(), *args)
+
+
 @contextmanager
 def use(path: str):
     """Within it every op takes this path: `torch`, `triton` (which on a CPU needs TRITON_INTERPRET=1), or `auto`."""

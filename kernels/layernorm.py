@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, launch, on_triton, programs, row_tiles, tl, triton
+from kernels.launch import INTERPRETED, apply, launch, on_triton, programs, row_tiles, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -218,7 +218,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
             require(p.shape == (C,), name, f"one number a column, ({C},), not {tuple(p.shape)}")
             require(p.is_floating_point(), name, f"floating point, not {p.dtype}")
     require(eps >= 0, "eps", f"at least 0, not {eps}")
-    return LayerNorm.apply(x, weight, bias, eps)
+    return apply(LayerNorm, x, weight, bias, eps)
 
 
 def pytorch(x, weight=None, bias=None, *, eps=1e-5):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import dot, launch, narrow, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, H heads, G groups of heads that share q and k, D key width, V value width, L times of a chunk, n chunks
@@ -664,7 +664,7 @@ def linear_attention(
         if T > 0:
             borders = documents[:, 1:] != documents[:, :-1]
             runs = F.pad(borders.cumsum(1, dtype=torch.int32), (1, 0))
-    return LinearAttention.apply(q, k, v, g, initial_state, runs, D**-0.5 if scale is None else float(scale))
+    return apply(LinearAttention, q, k, v, g, initial_state, runs, D**-0.5 if scale is None else float(scale))
 
 
 def retention(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import launch, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE_ON_CPU = 2**22  # logits of one slice: 16 MB in float32, which a CPU's last cache holds …
@@ -237,9 +237,9 @@ def linear_cross_entropy(
     require(reduction in ("sum", "none"), "reduction", f"sum or none, not {reduction!r}")
     x, options = x.contiguous(), (ignore_index, softcap, label_smoothing, z_loss)
     if reduction == "none":
-        return LinearCrossEntropy.apply(x, head, targets, options)
+        return apply(LinearCrossEntropy, x, head, targets, options)
     needed = torch.is_grad_enabled() and (x.requires_grad or head.requires_grad)
-    return LinearCrossEntropySum.apply(x, head, targets, options, needed)
+    return apply(LinearCrossEntropySum, x, head, targets, options, needed)
 
 
 def pytorch(x, head, targets, *, ignore_index=-100, softcap=0.0, label_smoothing=0.0, z_loss=0.0, reduction="sum"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, launch, on_triton, programs, row_tiles, tl, triton
+from kernels.launch import INTERPRETED, apply, launch, on_triton, programs, row_tiles, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -202,7 +202,7 @@ def rms_norm(
         require(residual.shape == x.shape, "residual", f"the shape of x, {tuple(x.shape)}, not {tuple(residual.shape)}")
         require(residual.dtype == x.dtype, "residual", f"the dtype of x, {x.dtype}, not {residual.dtype}")
     require(eps >= 0, "eps", f"at least 0, not {eps}")
-    return RMSNorm.apply(x, weight, residual, eps, offset)
+    return apply(RMSNorm, x, weight, residual, eps, offset)
 
 
 def pytorch(x, weight=None, residual=None, *, eps=1e-6, offset=0.0):

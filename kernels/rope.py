@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import launch, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, H heads, D head dim, R coordinates that are turned
@@ -146,7 +146,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         require(fits, name, f"({T}, R/2) or ({B}, {T}, R/2) with 0 < R <= {D}, not {tuple(table.shape)}")
         require(table.is_floating_point() and not table.requires_grad, name, "constants of floating point, without a gradient")
     require(sin.shape == cos.shape, "sin", f"the shape of cos, {tuple(cos.shape)}, not {tuple(sin.shape)}")
-    return RoPE.apply(x, cos, sin, interleaved)
+    return apply(RoPE, x, cos, sin, interleaved)
 
 
 def pytorch(x, cos, sin, *, interleaved=False):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import launch, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, D channels, N state, K times of a chunk
@@ -447,7 +447,7 @@ def selective_scan(
         require(not documents.is_floating_point(), "documents", f"integers, not {documents.dtype}")
         if T > 0:
             keep = F.pad((documents[:, 1:] == documents[:, :-1]).float(), (1, 0), value=1.0)
-    return SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, delta_softplus)
+    return apply(SelectiveScan, u, delta, A, B, C, D, z, delta_bias, initial_state, keep, delta_softplus)
 
 
 def step(u, delta, A, B, C, D=None, z=None, *, state: Tensor, **options) -> tuple[Tensor, Tensor]:
