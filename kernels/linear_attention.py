@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.chunks import Chunks, chunk_length
 from kernels.launch import apply, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -372,154 +373,6 @@ def backward_kernel(
         tl.store(dg + place(start, row, h, 0, H, 1), slope, row < rest)
 
 
-def chunk_length(T: int, gate: int) -> int:
-    """L of the PyTorch path."""
-    return min(32 if gate == 2 else 64, max(1, power_of_2(T) // 2))
-
-
-def chunked(x: Tensor, L: int) -> Tensor:
-    """(B, T, H, ...) as (B, H, n, L, ...), the last chunk filled with zeros."""
-    B, T = x.shape[:2]
-    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -T % L))
-    return x.unflatten(1, (-1, L)).movedim(3, 1).contiguous()
-
-
-def whole(x: Tensor, T: int) -> Tensor:
-    """(B, H, n, L, ...) as (B, T, H, ...)."""
-    return x.movedim(1, 3).flatten(1, 2)[:, :T]
-
-
-def blocks(P: Tensor, s: int) -> Tensor:
-    """Of P (..., L, L) the blocks between later and earlier halves of 2 s, as (..., s, s, L / 2 s), a view."""
-    many = P.shape[-1] // (2 * s)
-    return P.unflatten(-1, (many, 2, s)).unflatten(-4, (many, 2, s))[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
-
-
-def split(x: Tensor, s: int) -> tuple[Tensor, Tensor]:
-    """x (..., L, D) as the earlier and the later halves of blocks of 2 s, each (..., L / 2 s, s, D)."""
-    return x.unflatten(-2, (-1, 2, s)).unbind(-3)
-
-
-def until(x: Tensor) -> Tensor:
-    """Sums over the times of a chunk up to each."""
-    return x.cumsum(-2)
-
-
-def since(x: Tensor) -> Tensor:
-    """Sums over the times of a chunk from each on."""
-    return x.flip(-2).cumsum(-2).flip(-2)
-
-
-def before(x: Tensor) -> Tensor:
-    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-
-
-def after(x: Tensor) -> Tensor:
-    return F.pad(since(x[..., 1:, :]), (0, 0, 0, 1))
-
-
-class Chunks:
-    """The chunked form in PyTorch: all chunks at once, (B, H, n, L, ...); g (..., 1 or D) or None. Every exponent is a sum
-    of its own, not a difference of longer sums, which would lose the digits of the small ones."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float):
-        self.H, self.G, T = v.shape[2], q.shape[2], v.shape[1]
-        self.T, self.scale, self.wide = T, scale, torch.promote_types(v.dtype, torch.float32)
-        self.gate = 0 if g is None else g.ndim - 2
-        L = self.L = chunk_length(T, self.gate)
-        q, k = (x.repeat_interleave(self.H // self.G, 2) if self.G < self.H else x for x in (q, k))
-        self.q, self.k, self.v = (chunked(x.to(self.wide), L) for x in (q, k, v))
-        ones = self.v.new_ones(())
-        self.seen, self.left, self.through, self.g = ones, ones, ones, None
-        if g is not None:
-            g = self.g = chunked(g.to(self.wide) if g.ndim == 4 else g.to(self.wide).unsqueeze(-1), L)
-            self.seen, self.left, self.through = until(g).exp_(), after(g).exp_(), g.sum(-2).exp_().unsqueeze(-1)
-        mask = torch.ones(L, L, dtype=torch.bool, device=v.device).tril()
-        if runs is not None:
-            runs = torch.cat([runs, runs[:, -1:].expand(-1, -T % L)], 1).unflatten(1, (-1, L)).unsqueeze(1)  # (B, 1, n, L)
-            last = runs[..., -1:]
-            earlier = F.pad(last[..., :-1, :], (0, 0, 1, 0))
-            self.seen = self.seen * (runs == earlier).unsqueeze(-1)
-            self.left = self.left * (runs == last).unsqueeze(-1)
-            self.through = self.through * (earlier == last).unsqueeze(-1)
-            mask = mask & (runs.unsqueeze(-1) == runs.unsqueeze(-2))
-        self.w = mask.to(self.wide) * scale
-        if self.gate == 1:
-            between = g.expand(*g.shape[:-1], L).tril(-1).cumsum_(-2)  # (i, j): the sum over j < l <= i
-            self.w = between.exp_().mul_(self.w)
-
-    def halves(self, s: int) -> tuple[Tensor, Tensor]:
-        """The decay from the earlier halves to the middle, and from there to the later ones."""
-        earlier, later = split(self.g, s)
-        return after(earlier).exp_(), until(later).exp_()
-
-    def sizes(self) -> list[int]:
-        return [1 << i for i in range(self.L.bit_length() - 1)]
-
-    def scores(self) -> Tensor:
-        if self.gate < 2:
-            return (self.q @ self.k.mT).mul_(self.w)
-        P = self.q.new_zeros(*self.q.shape[:-1], self.L)
-        P.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
-        for s in self.sizes():
-            earlier, later = self.halves(s)
-            found = (split(self.q, s)[1] * later) @ (split(self.k, s)[0] * earlier).mT  # (..., many, s, s)
-            blocks(P, s).copy_(found.movedim(-3, -1))
-        return P.mul_(self.w)
-
-    def scores_backward(self, P: Tensor, dP: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k and g, from the scores and their gradient."""
-        if self.gate < 2:
-            pairs = None if self.gate == 0 else before((P * dP).mT).mT.tril_().sum(-2).unsqueeze(-1)  # i >= t > j
-            dP = dP * self.w
-            return dP @ self.k, dP.mT @ self.q, pairs
-        dP = dP * self.w
-        own = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        dq, dk, dg = own * self.k, own * self.q, torch.zeros_like(self.g)
-        for s in self.sizes():
-            earlier, later = self.halves(s)
-            q, k, pairs = split(self.q, s)[1], split(self.k, s)[0], blocks(dP, s).movedim(-1, -3)
-            x, y = (pairs @ (k * earlier)).mul_(later), (pairs.mT @ (q * later)).mul_(earlier)
-            for grads, place, new in ((dq, 1, x), (dk, 0, y), (dg, 1, since(q * x)), (dg, 0, before(k * y))):
-                split(grads, s)[place].add_(new)
-        return dq, dk, dg
-
-    def pass_on(self, S: Tensor, added: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-        """The recurrence over chunks: the state before each of them (back: after), and what is left at the end."""
-        n = added.shape[2]
-        through = self.through.expand(*added.shape[:3], -1, 1) if self.through.ndim else self.through.expand(1, 1, n, 1, 1)
-        states = torch.empty_like(added)
-        for i in reversed(range(n)) if back else range(n):
-            states[:, :, i] = S
-            S = torch.addcmul(added[:, :, i], through[:, :, i], S)
-        return states, S
-
-    def forward(self, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states, S = self.pass_on(S, (self.k * self.left).mT @ self.v, False)
-        o = self.scores() @ self.v
-        o += (self.q * (self.seen * self.scale)) @ states
-        return whole(o, self.T).contiguous(), states, S.clone()
-
-    def backward(self, do: Tensor, dS: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        do, seen = chunked(do.to(self.wide), self.L), self.seen * self.scale
-        dstates, dinitial = self.pass_on(dS, (self.q * seen).mT @ do, True)
-        P, dP = self.scores(), do @ self.v.mT
-        dv = P.mT @ do
-        dv += (self.k * self.left) @ dstates
-        dq, dk = (do @ states.mT) * seen, (self.v @ dstates.mT) * self.left
-        dq_pairs, dk_pairs, pairs = self.scores_backward(P, dP)
-        dg = dq.new_zeros(())
-        if self.gate:  # what flows from before t to t and later: into, out of and through the chunk, and pairs in it
-            kept = (states * dstates).sum(-1).unsqueeze(-2) * self.through.mT
-            into, out_of = self.q * dq, self.k * dk
-            if self.gate == 1:
-                kept, into, out_of = (x.sum(-1, keepdim=True) for x in (kept, into, out_of))
-            dg = whole(pairs + since(into) + before(out_of) + kept, self.T)
-            dg = (dg if self.gate == 2 else dg.squeeze(-1)).contiguous()
-        dq, dk = (whole(x, self.T).unflatten(2, (self.G, -1)).sum(3) for x in (dq + dq_pairs, dk + dk_pairs))
-        return dq, dk, whole(dv, self.T).contiguous(), dg, dinitial.clone()
-
-
 @torch.library.custom_op("rosetta::linear_attention", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, runs: Tensor | None, scale: float
@@ -530,9 +383,9 @@ def attend(
 
 @attend.register_fake
 def _(q, k, v, g, initial, runs, scale):
-    (B, T, H, V), D = v.shape, q.shape[-1]
+    (B, T, H, V), (G, D) = v.shape, q.shape[2:]
     L = chunk_length(T, 0 if g is None else g.ndim - 2)
-    return initial.new_empty(v.shape), initial.new_empty(B, H, -(-T // L), D, V), torch.empty_like(initial)
+    return initial.new_empty(v.shape), initial.new_empty(B, G, -(-T // L), D, H // G * V), torch.empty_like(initial)
 
 
 @torch.library.custom_op("rosetta::linear_attention_backward", mutates_args=())

@@ -156,7 +156,8 @@ def gradients(x: Tensor, matrix: Tensor, ignored: Tensor, d: Tensor, dx: Tensor,
     """
     torch.mm(d, matrix, out=dx)
     dx.masked_fill_(ignored[:, None], 0)
-    dhead += d.mT @ x.masked_fill(ignored[:, None], 0)
+    x = x.masked_fill(ignored[:, None], 0)
+    dhead.addmm_(d.mT, x) if dhead.dtype == x.dtype else dhead.add_(d.mT @ x)
 
 
 class LinearCrossEntropySum(torch.autograd.Function):
