@@ -535,10 +535,17 @@ def merge(y1: Tensor, lse1: Tensor, y2: Tensor, lse2: Tensor) -> tuple[Tensor, T
 
 def fused_is_faster(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> bool:
     """Whether PyTorch's kernel for CPUs serves a call without extras: it wins in float32, and in half precision by length."""
-    if q.device.type != "cpu" or window is not None or torch.is_autocast_enabled("cpu"):
+    if q.device.type not in ("cpu", "meta") or window is not None or q.numel() == 0 or v.numel() == 0:
         return False
     fits = (q.shape[2] == k.shape[2] or not causal) and q.shape[-1] == v.shape[-1]
     return fits and (q.element_size() >= 4 or q.shape[2] > 2048)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """PyTorch's kernel for CPUs: what scaled_dot_product_attention takes there, but in the dtype of q under autocast too."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = dense(q), *(dense(x if groups == 1 else x.repeat_interleave(groups, 1)) for x in (k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)[0]
 
 
 def attention(
@@ -573,12 +580,14 @@ def attention(
     K, S = k.shape[1], k.shape[2]
     require(window is None or window > 0, "window", f"at least 1, not {window}")
     require(scale is None or scale > 0, "scale", f"more than 0, not {scale}")
-    if plain and not on_triton(q) and S > 0 and (T == 1 or fused_is_faster(q, k, v, causal, window)):
-        if T == 1 and q.element_size() == 2 and not q.is_cuda:
+    if plain and not on_triton(q) and fused_is_faster(q, k, v, causal and T > 1, window):
+        return fused(q, k, v, causal and T > 1, scale)
+    if plain and T == 1 and S > 0 and not on_triton(q):  # a step of decoding, with as little to do per call as can be
+        if q.element_size() == 2 and not q.is_cuda:
             return together(q, k, v, S, window, 0.0, None, D**-0.5 if scale is None else scale)
         if window is not None:
             k, v = k[:, :, -window:], v[:, :, -window:]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1, scale=scale, enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=H != K)
     require(global_tokens >= 0, "global_tokens", f"at least 0, not {global_tokens}")
     require(softcap >= 0, "softcap", f"at least 0, not {softcap}")
     placed = window is not None or documents is not None or alibi is not None

@@ -304,10 +304,10 @@ def network(stack: str) -> nn.Module:
     return build_model(Config.of(stack=stack, dim=64, heads=2, position="rope", seq_len=T, vocab_size=V))
 
 
-attention_alone = climb_network("one attention layer", network("gqa:qk_norm=true"))
+attention_alone = climb_network("one attention layer", network("gqa:qk_norm=unit"))
 assert window < attention_alone < neural_bigram
-layer = climb_network("one transformer layer", network("gqa:qk_norm=true mlp:activation=relu2"))
-model = network("(gqa:qk_norm=true mlp:activation=relu2)*2")
+layer = climb_network("one transformer layer", network("gqa:qk_norm=unit mlp:activation=relu2"))
+model = network("(gqa:qk_norm=unit mlp:activation=relu2)*2")
 transformer = climb_network("transformer, two layers", model)
 assert uniform > unigram > bigram > trigram > window > layer > transformer  # each step is a step down
 

@@ -25,7 +25,7 @@ STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
     "small": dict(
-        stem="ngram", mixer="gqa:qk_norm=true,gqa:qk_norm=true:value_embedding=true", ffn="mlp:activation=relu2",
+        stem="ngram", mixer="gqa:qk_norm=unit,gqa:qk_norm=unit:value_embedding=true", ffn="mlp:activation=relu2",
         norm="rmsnorm:gain=false", position="rope",
         depth=3, dim=256, heads=4, vocab_size=4096, seq_len=256, tie=False, init="fan_in", softcap=0.0,
     ),

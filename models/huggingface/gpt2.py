@@ -38,7 +38,7 @@ def fits(model: LanguageModel) -> bool:
     return (
         model.alternates(MHA, MLP, LayerNorm)
         and type(model.position) is LearnedPosition
-        and not any(s.layer.qk_norm or s.layer.value_table for s in model.stack[0::2])
+        and all(s.layer.is_plain() for s in model.stack[0::2])
         and all(module.bias is not None for module in model.stack.modules() if hasattr(module, "bias"))
         and all(module.weight is not None for module in model.stack.modules() if hasattr(module, "weight"))
         and model.stack[0].layer.head_dim * model.stack[0].layer.heads == model.config.dim

@@ -47,7 +47,7 @@ def fits(model: LanguageModel) -> bool:
     rope = model.position
     return (
         model.alternates((GQA, MHA, MQA), SwiGLU, RMSNorm)
-        and not any(s.layer.qk_norm or s.layer.value_table for s in model.stack[0::2])
+        and all(s.layer.is_plain() for s in model.stack[0::2])
         and all((s.layer.query.bias is None) == (s.layer.out.bias is None) for s in model.stack[0::2])
         and all(s.norm.weight is not None for s in model.stack)
         and type(rope) is RoPE

@@ -1,10 +1,15 @@
+import math
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.rmsnorm import rms_norm
-from nn.attention.cache import KVCache
+from nn.attention.cache import KVCache, WindowCache
 from nn.attention.documents import document_spans
+from nn.attention.visible import visible
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
@@ -17,12 +22,24 @@ class GQA(nn.Module):
     """Grouped-query attention: H query heads share K pairs of key and value heads, H/K queries each.
 
     Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
-    (arXiv:2305.13245). K = H is multi-head attention, K = 1 multi-query attention. `qk_norm` normalises each query and
-    key to unit root mean square, without a gain (Henry et al. 2020, arXiv:2010.04245). `value_embedding` adds a learned
-    vector of each token to its values, beside what they take from x (Jordan et al. 2024, "modded-nanogpt", after the
-    value residuals of Zhou et al. 2024, arXiv:2410.17897); it needs `vocab_size`.
+    (arXiv:2305.13245). K = H is multi-head attention, K = 1 multi-query attention. Its options are those that stand beside
+    it in published models:
 
-    Shapes: x (B, T, C) -> (B, T, C). The decoding state is a KVCache of 2 K D numbers a token.
+    qk_norm           queries and keys of unit root mean square (Henry et al. 2020, arXiv:2010.04245): `unit` without a
+                      gain, `head` with one that the heads share (Qwen3), `all` over all heads together (OLMo 2)
+    window            a token sees itself and the window - 1 before it (Mistral 7B, arXiv:2310.06825) …
+    global_tokens     … and the first n tokens of all (Beltagy et al. 2020, "Longformer", arXiv:2004.05150)
+    softcap           scores are squashed into this bound by tanh (Gemma 2, arXiv:2408.00118)
+    scale             of the scores, instead of 1 / sqrt(D)
+    temperature       scores are divided by it: below 1, at inference, long texts keep their differences ("TempScale" of
+                      Zhou et al. 2024, "Length-Induced Embedding Collapse", arXiv:2410.24200)
+    sinks             a learned logit a head that takes part in each softmax and has no value (gpt-oss, arXiv:2508.10925)
+    gate              each output number is multiplied by sigmoid(x W) (Qiu et al. 2025, arXiv:2505.06708)
+    value_embedding   adds a learned vector of each token to its values (Jordan et al. 2024, "modded-nanogpt", after Zhou
+                      et al. 2024, arXiv:2410.17897); it needs `vocab_size`
+
+    Shapes: x (B, T, C) -> (B, T, C). The decoding state holds 2 K D numbers a token, with a window those of
+    global_tokens + window - 1 tokens. Scores are never stored whole, unless the position encoding is a learned bias.
     """
 
     together = ("query", "key", "value")
@@ -38,55 +55,114 @@ class GQA(nn.Module):
         head_dim: int | None = None,
         bias: bool = False,
         out_bias: bool | None = None,
-        qk_norm: bool = False,
+        qk_norm: Literal["none", "unit", "head", "all"] = "none",
+        qk_eps: float = 1e-6,
+        window: int | None = None,
+        global_tokens: int = 0,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        temperature: float = 1.0,
+        sinks: bool = False,
+        gate: bool = False,
         value_embedding: bool = False,
     ):
         super().__init__()
-        at_least(1, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        at_least(1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window)
+        at_least(0, qk_eps=qk_eps, global_tokens=global_tokens, softcap=softcap)
+        for name, value in (("scale", scale), ("temperature", temperature)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: {value} is not a finite number above 0")
         kv_heads = kv_heads or heads
         if heads % kv_heads:
             raise ValueError(f"kv_heads: {heads} query heads cannot be shared among {kv_heads} key/value heads evenly")
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or dim // heads
-        self.qk_norm = qk_norm
-        self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
-        self.query = Linear(dim, heads * self.head_dim, bias=bias)
-        self.key = Linear(dim, kv_heads * self.head_dim, bias=bias)
-        self.value = Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.window, self.global_tokens, self.softcap = window, global_tokens, softcap
+        self.scale = (self.head_dim**-0.5 if scale is None else scale) / temperature
+        position = position or NoPosition()
+        # functions alone: the encoding's parameters are the model's
+        self.rotate, self.bias, self.slopes = position.rotate, position.bias, position.slopes(heads)
+        inner, shared = heads * self.head_dim, kv_heads * self.head_dim
+        self.query = Linear(dim, inner, bias=bias)
+        self.key = Linear(dim, shared, bias=bias)
+        self.value = Linear(dim, shared, bias=bias)
+        self.qk_norm, self.qk_eps = qk_norm, qk_eps
+        widths = {"head": (self.head_dim, self.head_dim), "all": (inner, shared)}.get(qk_norm)
+        self.query_gain, self.key_gain = (nn.Parameter(torch.ones(n)) for n in widths) if widths else (None, None)
+        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
+        self.gate = Linear(dim, inner, bias=bias) if gate else None
         self.value_table = None
         if value_embedding:
             if vocab_size is None:
                 raise ValueError("vocab_size: value_embedding needs it")
-            self.value_table = nn.Embedding(vocab_size, kv_heads * self.head_dim)
-        self.out = output_projection(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
+            self.value_table = nn.Embedding(vocab_size, shared)
+        self.out = output_projection(inner, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = map(self.heads_of, project(x, self.query, self.key, self.value))  # (B, T, heads, D)
+        q, k, v = project(x, self.query, self.key, self.value)
+        if self.qk_norm == "all":
+            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
+        q, k, v = map(self.heads_of, (q, k, v))  # (B, T, heads, D)
         if self.value_table is not None:
             v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
+        if self.qk_norm in ("unit", "head"):
+            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
         q, k = self.rotate(q, context), self.rotate(k, context)
-        if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
         if context.state is not None:
             k, v = (u.to(q.dtype) for u in context.state.append(k, v))  # (B, K, S, D); under autocast they may differ
-        y = attention(q, k, v, causal=context.causal, shared_spans=document_spans(context))
-        return self.out(y.transpose(1, 2).flatten(2))
+        y = self.attend(q, k, v, context).transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.out(y)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """(B, H, T, D) of queries (B, H, T, D), keys and values (B, K, S, D): softmax attention as the options say."""
+        if self.global_tokens and context.documents is not None:
+            raise ValueError("documents: global_tokens are the first of a row; give each document a row of its own")
+        bias = self.bias(context, self.heads, q.shape[2], k.shape[2])
+        if bias is not None:
+            return self.attend_with(bias, q, k, v, context)
+        slopes = None if self.slopes is None else self.slopes.to(q.device)
+        return attention(
+            q, k, v, causal=context.causal, window=self.window, global_tokens=self.global_tokens, alibi=slopes,
+            softcap=self.softcap, sinks=self.sinks, scale=self.scale, shared_spans=document_spans(context),
+        )  # fmt: skip
+
+    def attend_with(self, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """The same with a bias (B or 1, H, T, S) beside the scores, which are then held whole."""
+        if self.window is not None or self.softcap or self.sinks is not None:
+            raise ValueError("position: a bias on the scores goes without window, softcap and sinks")
+        seen = visible(context, q.shape[2], k.shape[2])[:, None]
+        bias = bias.to(q.dtype).masked_fill(~seen, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=self.heads != self.kv_heads)
+
+    def is_plain(self) -> bool:
+        """Whether it is as its paper has it, none of the options that stand beside it being used."""
+        parts = (self.window, self.sinks, self.gate, self.value_table)
+        return self.qk_norm == "none" and not self.softcap and all(part is None for part in parts)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(B, T, heads D) -> (B, T, heads, D)."""
         return x.view(x.shape[0], x.shape[1], x.shape[2] // self.head_dim, self.head_dim)
 
-    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> KVCache:
-        return KVCache(batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device)
+    def init_state(
+        self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> KVCache | WindowCache:
+        sizes, options = (batch, self.kv_heads, max_len, self.head_dim), dict(dtype=dtype, device=device)
+        if self.window is None:
+            return KVCache(*sizes, **options)
+        return WindowCache(*sizes, first=self.global_tokens, last=self.window - 1, **options)
 
     def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        return 2 * batch * self.kv_heads * max_len * self.head_dim * dtype.itemsize
+        kept = max_len if self.window is None else min(max_len, self.global_tokens + self.window - 1)
+        return 2 * batch * self.kv_heads * kept * self.head_dim * dtype.itemsize
 
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of scores and weighted sum for `queries` x `keys` pairs, beside those of the projections."""
-        return 4 * queries * keys * self.heads * self.head_dim
+        seen = keys if self.window is None else min(keys, self.global_tokens + self.window)
+        return 4 * queries * seen * self.heads * self.head_dim
 
 
 class MHA(GQA):
@@ -103,7 +179,7 @@ class MHA(GQA):
         heads: int = 8,
         head_dim: int | None = None,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: Literal["none", "unit", "head", "all"] = "none",
     ):
         super().__init__(dim, position, heads=heads, head_dim=head_dim, bias=bias, qk_norm=qk_norm)
 
@@ -122,6 +198,6 @@ class MQA(GQA):
         heads: int = 8,
         head_dim: int | None = None,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: Literal["none", "unit", "head", "all"] = "none",
     ):
         super().__init__(dim, position, heads=heads, kv_heads=1, head_dim=head_dim, bias=bias, qk_norm=qk_norm)

@@ -90,8 +90,8 @@ def test_lists_hold_only_their_kind(mixer, ffn, part):
 
 def test_stack_and_lists_make_the_same_model():
     fields = dict(vocab_size=5, dim=16, heads=2)
-    one = LanguageModel(Config.of(**fields, stem="ngram:rows=9", mixer="gqa:qk_norm=true,mha", ffn="mlp", depth=4))
-    other = LanguageModel(Config.of(**fields, stack="ngram:rows=9 (gqa:qk_norm=true mlp mha mlp)*2"))
+    one = LanguageModel(Config.of(**fields, stem="ngram:rows=9", mixer="gqa:qk_norm=unit,mha", ffn="mlp", depth=4))
+    other = LanguageModel(Config.of(**fields, stack="ngram:rows=9 (gqa:qk_norm=unit mlp mha mlp)*2"))
     assert str(one) == str(other)
 
 

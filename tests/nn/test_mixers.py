@@ -23,6 +23,10 @@ MORE = [
     "gqa:kv_heads=1:head_dim=6",
     "gqa:kv_heads=2:out_bias=true",
     "mha:heads=2",
+    "gqa:window=3",
+    "gqa:window=4:kv_heads=2",
+    "gqa:softcap=2:scale=0.4",
+    "gqa:temperature=0.8:sinks=true:gate=true",
 ]  # options that are numbers
 
 
@@ -227,7 +231,7 @@ def test_a_state_that_is_full_says_so(spec):
 
 @each_mixer
 def test_without_causality(spec):
-    """An encoder's token sees what follows it; a mixer that has no such form says so, and a table looks back only."""
+    """An encoder's token sees the one that follows it; a mixer that has no such form says so, and a table looks back only."""
     mixer, x = make(spec, "none"), numbers(BATCH, TIME, DIM)
     if not reads_x(mixer):
         return
@@ -237,7 +241,7 @@ def test_without_causality(spec):
         assert "causal" in str(error)
         return
     changed = mixer(*with_other_token(x, context(TIME, causal=False), TIME - 1))
-    assert (changed - y).abs().amax(-1).min() > 1e-6
+    assert (changed - y).abs().amax(-1)[:, -2:].min() > 1e-6
 
 
 @each_mixer

@@ -142,7 +142,7 @@ def test_ours_there(options, shard_bytes, tmp_path):
         dict(model="gpt2", softcap=5.0), dict(model="llama-1m", mixer="gqa:value_embedding=true"),
         dict(model="gpt2", norm="layernorm:gain=false"), dict(model="gpt2", norm_place="post"),
         dict(model="gpt2", mixer="mha:bias=true:head_dim=4"),
-        dict(model="gpt2", mixer="mha:bias=true:qk_norm=true"), dict(model="gpt2", stack="mha:bias=true mlp:bias=true"),
+        dict(model="gpt2", mixer="mha:bias=true:qk_norm=unit"), dict(model="gpt2", stack="mha:bias=true mlp:bias=true"),
         dict(model="gpt2", ffn="mlp:bias=true:activation=relu2"), dict(model="llama-1m", mixer="gqa:bias=true:out_bias=false"),
         dict(model="llama-1m", mixer="gqa:out_bias=true"), dict(model="llama-1m", mixer="gqa,mqa"),
         dict(model="llama-1m", norm="rmsnorm:gain=no"),
