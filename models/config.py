@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
 from models.presets import PRESETS
+from models.residual import PLACES
 from nn.checks import at_least
+from nn.init import INITS
 from nn.spec import nearest
 
 
@@ -34,11 +36,11 @@ class Config:
     vocab_size: int = flag("model", 0, "pieces of the tokenizer that is trained (others bring their own)")
     seq_len: int = flag("model", 0, "tokens a training sequence")
     norm: str = flag("model", "", "normalisation: rmsnorm, layernorm")
-    norm_place: str = flag("model", "pre", "where it stands", ("pre", "post"))
+    norm_place: str = flag("model", "pre", "where it stands: before a sublayer, on the residual sum, …", PLACES)
     position: str = flag("model", "", "position encoding: none, learned, sinusoidal, rope")
     tie: bool = flag("model", False, "use the embedding as the output head too")
     softcap: float = flag("model", 0.0, "squash logits into this bound by tanh (0: none)")
-    init: str = flag("model", "", "initialisation", ("fan_in", "gpt2"))
+    init: str = flag("model", "", "initialisation", tuple(INITS))
 
     weights: str = flag("training", "", "start from these weights: a checkpoint or a Hugging Face folder")
     steps: int = flag("training", 0, "optimizer steps (0: as many as the minutes allow)")

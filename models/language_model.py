@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from models.config import Config
-from models.stack import Residual, layers, parse_stack
+from models.residual import Residual, ends_normed, make_sublayer
+from models.stack import SUBLAYERS, layer_numbers, layers, parse_stack
 from nn.context import Context
 from nn.init import INITS
 from nn.linear import Linear
@@ -42,10 +43,12 @@ class LanguageModel(nn.Module):
         specs = parse_stack(config.stack or config.stem)
         specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
+        place = dict(norm=config.norm, place=config.norm_place, sublayers=len(specs))
         self.stack = nn.ModuleList(
-            Residual(spec, dim, norm=config.norm, norm_place=config.norm_place, **offered) for spec in specs
+            Residual(make_sublayer(spec, SUBLAYERS, dim, **offered), dim, number=number, **place)
+            for spec, number in zip(specs, layer_numbers(specs), strict=True)
         )
-        self.final_norm = build(config.norm, NORMS, "norm", dim) if config.norm_place == "pre" else nn.Identity()
+        self.final_norm = nn.Identity() if ends_normed(config.norm_place) else build(config.norm, NORMS, "norm", dim)
         self.head = Linear(dim, vocab_size, bias=False)
         if config.tie:
             self.head.weight = self.embedding.weight
@@ -92,7 +95,7 @@ class LanguageModel(nn.Module):
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
         """Whether the stack is pre-norm layers of one mixer and one ffn, all alike: what published families look like."""
-        pre = isinstance(self.final_norm, norm) and len(self.stack) == 2 * self.config.depth > 0
+        pre = self.config.norm_place == "pre" and isinstance(self.final_norm, norm) and len(self.stack) == 2 * self.config.depth > 0
         kinds = zip(self.stack[0::2], self.stack[1::2], strict=True) if pre else []
         alike = not self.config.stack and "," not in self.config.mixer + self.config.ffn
         return pre and alike and not self.config.softcap and all(

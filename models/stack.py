@@ -2,19 +2,17 @@
 
 `--mixer mamba2,mamba2,gqa --ffn swiglu` names a mixer and an ffn a layer, the lists cycling over the depth, and
 `--stem ngram` what stands before the layers;
-`--stack "(mamba2 mlp)*3 gqa moe:experts=8"` spells every sublayer out. `none` leaves a sublayer away.
+`--stack "(mamba2 mlp)*3 gqa moe:experts=8"` spells every sublayer out. `none` leaves a sublayer away; `gqa+mlp` are two
+side by side.
 """
 
 import re
 
-from torch import Tensor, nn
-
+from models.residual import BESIDE
 from nn.attention import ATTENTION
-from nn.context import Context
 from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
-from nn.norm import NORMS
-from nn.spec import build, resolve
+from nn.spec import resolve
 
 MIXERS = {**ATTENTION, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
@@ -54,26 +52,26 @@ def parse_stack(text: str) -> list[str]:
 
 
 def check_specs(specs: list[str], family: dict, kind: str) -> list[str]:
+    """The specs, each of which names a member of the family; what stands beside it after a + may be any sublayer."""
     for spec in specs:
         if spec != "none":
-            resolve(spec, family, kind)
+            first, *others = BESIDE.split(spec)
+            resolve(first, family, kind)
+            for other in others:
+                resolve(other, SUBLAYERS, "sublayer")
     return specs
 
 
-class Residual(nn.Module):
-    """One sublayer with its norm and its residual connection.
+def layer_numbers(specs: list[str]) -> list[int]:
+    """Which layer each sublayer belongs to, from 1 on: a mixer begins one, and an ffn that follows none."""
+    numbers, before = [], ""
+    for spec in specs:
+        kind = "stem" if names(spec)[0] in EMBEDDINGS else "mixer" if names(spec)[0] in MIXERS else "ffn"
+        begins = kind == "mixer" or kind == "ffn" and before != "mixer"
+        numbers.append((numbers[-1] if numbers else 0) + begins)
+        before = kind
+    return [max(1, number) for number in numbers]
 
-    `pre`: x + f(norm(x)) (Xiong et al. 2020, arXiv:2002.04745). `post`: norm(x + f(x)) (Vaswani et al. 2017).
-    """
 
-    def __init__(self, spec: str, dim: int, *, norm: str, norm_place: str, **offered):
-        super().__init__()
-        self.norm = build(norm, NORMS, "norm", dim)
-        self.layer = build(spec, SUBLAYERS, "sublayer", dim, **offered)
-        self.is_mixer = spec.partition(":")[0] in MIXERS
-        self.pre = norm_place == "pre"
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        if self.pre:
-            return x + self.layer(self.norm(x), context)
-        return self.norm(x + self.layer(x, context))
+def names(spec: str) -> list[str]:
+    return [part.partition(":")[0] for part in BESIDE.split(spec)]

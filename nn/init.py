@@ -41,4 +41,23 @@ def gpt2(model: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias)
 
 
-INITS = {"fan_in": fan_in, "gpt2": gpt2}
+def deepnorm(model: nn.Module, generator: torch.Generator) -> None:
+    """Xavier normal; what values, outputs and ffns are made of smaller by (4 n)^(-1/4) for n sublayers; to `deepnorm`.
+
+    Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers" (arXiv:2203.00555), figure 2: (8 N)^(-1/4) for N
+    layers of two sublayers. Embeddings are of standard deviation 0.02.
+    """
+    sublayers = sum(getattr(m, "writes_residual", False) for m in model.modules())
+    scores = [m for layer in model.modules() for name, m in layer.named_children() if name in ("query", "key")]
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            gain = 1.0 if module in scores or module is model.head else (4 * sublayers) ** -0.25
+            nn.init.xavier_normal_(module.weight, gain, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+
+
+INITS = {"fan_in": fan_in, "gpt2": gpt2, "deepnorm": deepnorm}

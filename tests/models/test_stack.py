@@ -1,5 +1,7 @@
 """A stack spelled in words: its grammar, and the residual sublayers it is made of."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import Config, LanguageModel
-from models.stack import MIXERS, SUBLAYERS, Residual, layers, parse_stack
+from models.residual import PLACES, Residual, make_sublayer
+from models.stack import MIXERS, SUBLAYERS, layer_numbers, layers, parse_stack
 from nn.context import Context
 
 
@@ -112,14 +115,103 @@ def test_names_of_mixers_and_ffns_do_not_clash():
     assert len(SUBLAYERS) == len(MIXERS) + len(FFNS) and ATTENTION.items() <= MIXERS.items()
 
 
-@pytest.mark.parametrize("place", ["pre", "post"])
+X = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+FORMULAS = {
+    "pre": lambda f, norm, _: X + f(norm(X)),
+    "scaled": lambda f, norm, _: X + f(norm(X) / math.sqrt(4)),
+    "sandwich": lambda f, norm, second: X + second(f(norm(X))),
+    "output": lambda f, norm, _: X + norm(f(X)),
+    "post": lambda f, norm, _: norm(X + f(X)),
+    "deepnorm": lambda f, norm, _: norm(14**0.25 * X + f(X)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_residual(place):
     torch.manual_seed(0)
-    sublayer = Residual("mlp", 8, norm="layernorm", norm_place=place, heads=2)
-    nn.init.normal_(sublayer.norm.weight)
-    x = torch.randn(2, 3, 8)
+    layer = make_sublayer("mlp", SUBLAYERS, 8)
+    sublayer = Residual(layer, 8, norm="layernorm", place=place, number=4, sublayers=14).double()
+    for norm in (sublayer.norm, sublayer.second_norm):
+        if norm is not None:
+            nn.init.normal_(norm.weight)
     context = Context(torch.zeros(2, 3, dtype=torch.int64), torch.arange(3))
-    expected = (
-        x + sublayer.layer(sublayer.norm(x), context) if place == "pre" else sublayer.norm(x + sublayer.layer(x, context))
-    )
-    assert torch.equal(sublayer(x, context), expected)
+    expected = FORMULAS[place](lambda x: layer(x, context), sublayer.norm, sublayer.second_norm)
+    torch.testing.assert_close(sublayer(X, context), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_trains_and_is_normed_at_the_end(place):
+    fields = dict(vocab_size=5, dim=16, heads=2, depth=2, stem="")
+    model = LanguageModel(Config.of(**fields, norm="rmsnorm:gain=false", norm_place=place))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.arange(5)[None])
+    torch.testing.assert_close(seen[0].square().mean(-1), torch.ones(1, 5), rtol=1e-4, atol=0)
+    model(torch.arange(5)[None], torch.arange(5)[None]).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("specs", "numbers"),
+    [
+        (["gqa", "mlp", "gqa", "mlp"], [1, 1, 2, 2]), (["ngram", "gqa", "mlp", "mlp", "gqa"], [1, 1, 1, 2, 3]),
+        (["gqa+mlp", "gqa+mlp"], [1, 2]), (["mlp", "mlp"], [1, 2]), (["gqa", "gqa", "mlp"], [1, 2, 2]), ([], []),
+    ],
+)  # fmt: skip
+def test_layer_numbers(specs, numbers):
+    assert layer_numbers(specs) == numbers
+
+
+def residual_variance(place: str, depth: int = 32, dim: int = 256) -> float:
+    """Of the stream after `depth` layers whose sublayers are random rotations of what they read."""
+    torch.manual_seed(0)
+    x = torch.randn(64, dim, dtype=torch.float64)
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    for number in range(1, depth + 1):
+        layer = nn.Linear(dim, dim, bias=False, dtype=torch.float64)
+        nn.init.orthogonal_(layer.weight)
+        layer.forward = lambda x, context, layer=layer: nn.functional.linear(x, layer.weight)
+        x = Residual(layer, dim, norm="rmsnorm:eps=0", place=place, number=number).double()(x, None)
+    return x.square().mean().item()
+
+
+def test_layernorm_scaling_tames_the_variance():
+    """1 + L after L unit sublayers before a norm, 1 + sum 1/l with LayerNorm Scaling (Sun et al. 2025, section 3)."""
+    assert residual_variance("pre") == pytest.approx(33, rel=0.1)
+    assert residual_variance("scaled") == pytest.approx(1 + sum(1 / i for i in range(1, 33)), rel=0.1)
+
+
+def test_side_by_side():
+    """x + attention(norm(x)) + mlp(norm(x)) with one norm; with the attention's output at zero the mlp alone is left."""
+    fields = dict(vocab_size=5, dim=16, heads=2, depth=2, stem="", position="none")
+    model = LanguageModel(Config.of(**fields, mixer="gqa+mlp:width=8", ffn="none")).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    block, x = model.stack[0], torch.randn(1, 3, 16, dtype=torch.float64)
+    context = Context(torch.zeros(1, 3, dtype=torch.int64), torch.arange(3))
+    mixer, ffn = block.layer.branches
+    torch.testing.assert_close(block(x, context), x + mixer(block.norm(x), context) + ffn(block.norm(x), context))
+    nn.init.zeros_(mixer.out.weight)
+    torch.testing.assert_close(block(x, context), x + ffn(block.norm(x), context))
+
+
+@torch.no_grad()
+def test_side_by_side_decodes():
+    model = LanguageModel(Config.of(vocab_size=5, dim=16, heads=2, stack="(mqa+swiglu)*2 mlp+mlp"))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert [s.is_mixer for s in model.stack] == [True, True, False]
+    tokens, state = torch.tensor([[0, 3, 1, 4, 2]]), model.init_state(1, 5)
+    parts = [model(part, state=state) for part in tokens.split([2, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stack", "part"),
+    [("gqa+gqa", "2 mixers side by side"), ("gqa+", "unknown sublayer 'gqa+'"), ("gqa+mlq", "unknown sublayer 'mlq'")],
+)
+def test_side_by_side_mistakes(stack, part):
+    with pytest.raises(ValueError, match=part.replace("+", r"\+")):
+        LanguageModel(Config.of(vocab_size=5, dim=16, heads=2, stack=stack))
