@@ -39,6 +39,7 @@ class Config:
     norm_place: str = flag("model", "pre", "where it stands: before a sublayer, on the residual sum, …", PLACES)
     position: str = flag("model", "", "position encoding: none, learned, sinusoidal, rope")
     tie: bool = flag("model", False, "use the embedding as the output head too")
+    embedding_scale: float = flag("model", 1.0, "multiply the embeddings by this")
     softcap: float = flag("model", 0.0, "squash logits into this bound by tanh (0: none)")
     init: str = flag("model", "", "initialisation", tuple(INITS))
 

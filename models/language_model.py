@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
         self.config = config
         dim, vocab_size = config.dim, config.vocab_size
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = build(config.position, POSITIONS, "position", dim=dim, seq_len=config.seq_len)
+        self.position = build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
         specs = parse_stack(config.stack or config.stem)
         specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
@@ -68,7 +68,8 @@ class LanguageModel(nn.Module):
         document. `state`: these tokens follow those it has seen, and it remembers them. `last`: only the last logits.
         """
         context = self.context(tokens, documents, state)
-        x = self.position.embed(self.embedding(tokens), context)  # (B, T, C)
+        x = self.embedding(tokens)  # (B, T, C)
+        x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
         for i, sublayer in enumerate(self.stack):
             context.state = state.sublayers[i] if state is not None else None
             x = sublayer(x, context)
@@ -94,11 +95,11 @@ class LanguageModel(nn.Module):
         return Context(tokens, positions, documents)
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
-        """Whether the stack is pre-norm layers of one mixer and one ffn, all alike: what published families look like."""
-        pre = self.config.norm_place == "pre" and isinstance(self.final_norm, norm) and len(self.stack) == 2 * self.config.depth > 0
-        kinds = zip(self.stack[0::2], self.stack[1::2], strict=True) if pre else []
-        alike = not self.config.stack and "," not in self.config.mixer + self.config.ffn
-        return pre and alike and not self.config.softcap and all(
+        """Whether the stack is layers of one kind of mixer and one kind of ffn: what published families look like."""
+        if self.config.stack or len(self.stack) != 2 * self.config.depth or not self.stack:
+            return False
+        kinds = zip(self.stack[0::2], self.stack[1::2], strict=True)
+        return isinstance(self.final_norm, norm) and all(
             isinstance(a.layer, mixer) and isinstance(b.layer, ffn) and isinstance(a.norm, norm) for a, b in kinds
         )
 

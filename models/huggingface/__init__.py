@@ -11,10 +11,22 @@ from torch import Tensor
 
 from models.checkpoint import load_weights, read_json, read_tensors, write_json, write_tensors
 from models.config import Config
-from models.huggingface import gpt2, llama
+from models.huggingface import gpt2
+from models.huggingface.llama import GEMMA2, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from models.language_model import LanguageModel
+from nn.attention import GQA, MHA, MQA
+from nn.ffn import GLU, GeGLU, SwiGLU
 
-FAMILIES = {"gpt2": gpt2, "llama": llama}
+FAMILIES = {
+    "gpt2": gpt2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "olmo2": OLMO2,
+    "gemma2": GEMMA2,
+}
+SAME = {MHA: GQA, MQA: GQA, SwiGLU: GLU, GeGLU: GLU}  # names for settings of another class
 SHARD_BYTES = 5 * 10**9
 
 
@@ -57,7 +69,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
 def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model as its published family would be: config.json and model.safetensors, in shards where it is large."""
-    name = next((name for name, family in FAMILIES.items() if family.fits(model)), None)
+    name = next((name for name, family in FAMILIES.items() if holds(family, model)), None)
     if name is None:
         raise ValueError(f"export: no published family has this stack; there are {', '.join(FAMILIES)}")
     family, ours = FAMILIES[name], model.state_dict()
@@ -67,6 +79,26 @@ def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {"model_type": name, **family.config_out(model), "dtype": dtype, "torch_dtype": dtype})
     write_folder(folder, theirs, shard_bytes)
+
+
+def holds(family, model: LanguageModel) -> bool:
+    """Whether a checkpoint of a family can be this model: what would be written in config.json reads as the same again."""
+    if not family.fits(model):
+        return False
+    with torch.device("meta"):
+        again = LanguageModel(Config.of(**family.config_in(family.config_out(model))))
+    return facts(again) == facts(model)
+
+
+def facts(model: LanguageModel) -> list:
+    """What a model is made of: its modules with their settings, its tensors with their shapes."""
+    simple = (bool, int, float, str, type(None))
+    modules = [
+        (name, SAME.get(type(m), type(m)), {k: v for k, v in vars(m).items() if isinstance(v, simple) and k != "training"})
+        for name, m in model.named_modules()
+    ]
+    whole = [getattr(model.config, name) for name in ("tie", "softcap", "embedding_scale")]
+    return [modules, whole, [(name, tensor.shape) for name, tensor in model.state_dict().items()]]
 
 
 def family_of(model_type: str | None):

@@ -1,9 +1,11 @@
 """Feed-forward layers `(x, context) -> y`."""
 
+from nn.ffn.glu import GLU, GeGLU, SwiGLU
 from nn.ffn.mlp import MLP
-from nn.ffn.swiglu import SwiGLU
 
 FFNS = {
     "mlp": MLP,
+    "glu": GLU,
     "swiglu": SwiGLU,
+    "geglu": GeGLU,
 }

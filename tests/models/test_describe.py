@@ -135,8 +135,8 @@ def test_the_table_says_what_it_counts():
 
 
 def test_a_mistake_is_one_line(capsys):
-    assert main(["--mixer", "gpa"]) == 2
+    assert main(["--mixer", "gqaa"]) == 2
     err = capsys.readouterr().err
     assert (
-        err.startswith("describe: unknown mixer 'gpa' (did you mean 'gqa'?); there are: mha, ") and len(err.splitlines()) == 1
+        err.startswith("describe: unknown mixer 'gqaa' (did you mean 'gqa'?); there are: mha, ") and len(err.splitlines()) == 1
     )

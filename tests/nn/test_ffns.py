@@ -1,6 +1,7 @@
 """Every feed-forward layer against its formula in NumPy, and the contract of the family."""
 
 import math
+from functools import partial
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from kernels.glu import activate
 from nn.context import Context
-from nn.ffn import FFNS
+from nn.ffn import FFNS, GLU
 from nn.ffn.mlp import MLP
 from nn.spec import build
 
@@ -21,20 +23,24 @@ FORMULAS = {
     "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "star_relu": lambda x: (np.maximum(x, 0) ** 2 - 0.5) / math.sqrt(1.25),
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
+GATES = {name: FORMULAS[name] for name in ("silu", "gelu", "gelu_tanh", "relu")} | {"sigmoid": lambda x: 1 / (1 + np.exp(-x))}
 
 
 def mlp(x, p, activation="gelu"):
     return FORMULAS[activation](x @ p["up.weight"].T + p.get("up.bias", 0)) @ p["down.weight"].T + p.get("down.bias", 0)
 
 
-def swiglu(x, p):
+def glu(x, p, activation="sigmoid"):
     gate, up = (x @ p[f"{part}.weight"].T + p.get(f"{part}.bias", 0) for part in ("gate", "up"))
-    return (FORMULAS["silu"](gate) * up) @ p["down.weight"].T + p.get("down.bias", 0)
+    return (GATES[activation](gate) * up) @ p["down.weight"].T + p.get("down.bias", 0)
 
 
-REFERENCES = {"mlp": mlp, "swiglu": swiglu}
+REFERENCES = {
+    "mlp": mlp, "glu": glu, "swiglu": partial(glu, activation="silu"), "geglu": partial(glu, activation="gelu"),
+}  # fmt: skip
 SPECS = [spec + bias for spec in [*FFNS, "mlp:width=5"] for bias in ("", ":bias=true")]
 each = pytest.mark.parametrize("spec", SPECS)
 
@@ -61,8 +67,8 @@ def reference(ffn: nn.Module, spec: str, x: torch.Tensor, **options) -> np.ndarr
 
 
 def test_everything_has_its_formula_here():
-    allowed = get_args(get_type_hints(MLP.__init__)["activation"])
-    assert REFERENCES.keys() == FFNS.keys() and FORMULAS.keys() == set(allowed)
+    allowed = [set(get_args(get_type_hints(kind.__init__)["activation"])) for kind in (MLP, GLU)]
+    assert REFERENCES.keys() == FFNS.keys() and [FORMULAS.keys(), GATES.keys()] == allowed
 
 
 @each
@@ -71,10 +77,13 @@ def test_formula(spec):
     np.testing.assert_allclose(ffn(x, context(x)).detach().numpy(), reference(ffn, spec, x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", FORMULAS)
-def test_activations(activation):
-    spec = f"mlp:activation={activation}"
+@pytest.mark.parametrize(("name", "activation"), [("mlp", a) for a in FORMULAS] + [("glu", a) for a in GATES])
+def test_activations(name, activation):
+    spec = f"{name}:activation={activation}"
     ffn, x = make(spec), numbers(2, 4, DIM)
+    if activation == "star_relu":  # as it begins
+        with torch.no_grad():
+            ffn.scale.fill_(math.sqrt(0.8)), ffn.shift.fill_(-math.sqrt(0.2))
     expected = reference(ffn, spec, x, activation=activation)
     np.testing.assert_allclose(ffn(x, context(x)).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
@@ -114,6 +123,20 @@ def test_autocast(spec):
     assert x.grad.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in ffn.parameters())
     exact = make(spec)(x.double(), context(x))
     assert (y - exact).norm() / exact.norm() < 0.03
+
+
+def test_star_relu_begins_with_mean_0_and_variance_1():
+    """Of normal numbers E relu(x)^2 = 1/2 and E relu(x)^4 = 3/2, so that the variance is 5/4 (Yu et al. 2022, section 3.2)."""
+    ffn = build("mlp:activation=star_relu", FFNS, "ffn", DIM).double()
+    x = torch.randn(10**6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = activate(x, ffn.scale, ffn.shift, activation="star_relu")
+    assert abs(y.mean()) < 0.01 and abs(y.var() - 1) < 0.02
+    assert (ffn.scale.item(), ffn.shift.item()) == pytest.approx((0.8944, -0.4472), abs=1e-4)
+
+
+def test_geglu_approximate():
+    ffn, x = make("geglu:approximate=true"), numbers(2, 4, DIM)
+    torch.testing.assert_close(ffn(x, context(x)), make("glu:activation=gelu_tanh")(x, context(x)))
 
 
 def test_widths():

@@ -27,6 +27,12 @@ MORE = [
     "gqa:window=4:kv_heads=2",
     "gqa:softcap=2:scale=0.4",
     "gqa:temperature=0.8:sinks=true:gate=true",
+    "mla:q_rank=6:kv_rank=5:nope_dim=3:rope_dim=4:value_dim=7",
+    "mla:kv_rank=300",
+    "tpa:q_rank=0:k_rank=1:v_rank=3",
+    "tpa:head_dim=6:q_rank=2",
+    "mhe:head_dim=6:kind=add",
+    "normalised:length_scale=true:power=3:offset=0.5",
 ]  # options that are numbers
 
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nn.attention import GQA
 from nn.context import Context
-from nn.position import POSITIONS, RoPE
+from nn.position import POSITIONS
 from nn.spec import build
 
 DIM, HEADS, TIME = 8, 2, 6
@@ -17,13 +18,17 @@ ROPES = [
     "rope:fraction=0.5",
     "rope:fraction=0.5:interleaved=true",
     "rope:theta=100:factor=4:original=64",
+    "rope:theta=100:factor=4:original=64:scaling=yarn",
+    "rope:theta=100:factor=4:original=64:scaling=angle_dist:fraction=0.5",
+    "rope:scaling=linear:factor=2.5",
+    "rope:scaling=ntk:factor=8:interleaved=true",
 ]
-each = pytest.mark.parametrize("spec", [*POSITIONS, *ROPES[1:]])
+each = pytest.mark.parametrize("spec", [*POSITIONS, *ROPES[1:], "t5:buckets=6:max_distance=4"])
 
 
 def make(spec: str):
     torch.manual_seed(0)
-    return build(spec, POSITIONS, "position", dim=DIM, seq_len=64).double()
+    return build(spec, POSITIONS, "position", dim=DIM, heads=HEADS, seq_len=64).double()
 
 
 def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -46,17 +51,6 @@ def rotation(x, positions, frequencies, interleaved=False):
 
 def frequencies(dim, theta=10000.0):
     return np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
-
-
-def llama3(frequency, factor, low, high, original):
-    """The blend of frequencies of Llama 3.1, in wavelengths, case by case."""
-    wavelength = 2 * np.pi / frequency
-    if wavelength < original / high:
-        return frequency
-    if wavelength > original / low:
-        return frequency / factor
-    smooth = (original / wavelength - low) / (high - low)
-    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 @each
@@ -98,6 +92,23 @@ def test_gradients(spec):
     assert torch.autograd.gradcheck(lambda q: position.rotate(q, where), (q,))
 
 
+@each
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_added_to_scores(spec, causal):
+    """Slopes above 0 for each head; a bias of which the last queries are the last rows, made once a call."""
+    position, where = make(spec), at(torch.arange(TIME))
+    where.causal = causal
+    slopes, bias = position.slopes(HEADS), position.bias(where, HEADS, TIME, TIME)
+    assert slopes is None or (slopes.shape == (HEADS,) and slopes.dtype == torch.float32 and (slopes > 0).all())
+    if bias is None:
+        return
+    assert bias.shape == (1, HEADS, TIME, TIME) and bias.abs().min() > 0
+    assert torch.equal(position.bias(where, HEADS, 2, TIME), bias[:, :, -2:])
+    assert position.bias(where, HEADS, TIME, TIME) is bias
+    for offset in range(TIME):  # the same along each diagonal
+        assert (bias.diagonal(-offset, 2, 3).std(-1, correction=0) < 1e-12).all()
+
+
 def test_learned():
     position, x = make("learned"), numbers(2, TIME, DIM)
     expected = x.numpy() + position.table.weight.detach().numpy()[3 : 3 + TIME]
@@ -128,28 +139,17 @@ def test_rope(interleaved, fraction, dim):
     assert torch.equal(found[..., int(dim * fraction) :], x[..., int(dim * fraction) :])
 
 
-@pytest.mark.parametrize(
-    "options", [dict(factor=8.0, low=1.0, high=4.0, original=8192), dict(factor=32.0, low=2.0, high=5.0, original=512)]
-)
-def test_stretched_rope(options):
-    rope = RoPE(theta=500000.0, **options)
-    plain = frequencies(64, theta=500000.0)
-    expected = np.array([llama3(frequency, **options) for frequency in plain])
-    np.testing.assert_allclose(rope.frequencies(64).numpy(), expected, rtol=1e-12)
-    assert expected[0] == plain[0] and expected[-1] == plain[-1] / options["factor"]
-    assert ((expected < plain) & (expected > plain / options["factor"])).any()
-
-
 @pytest.mark.parametrize("spec", ROPES)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 @settings(max_examples=20, deadline=None)
 def test_only_the_distance_counts(spec, m, n, shift):
-    """<R_m q, R_n k> depends on m - n alone, and turning changes no length."""
+    """<R_m q, R_n k> depends on m - n alone, and turning changes all lengths by one gain, or none."""
     rope, q, k = make(spec), numbers(1, 1, 1, DIM, seed=2), numbers(1, 1, 1, DIM, seed=3)
     turn = lambda x, position: rope.rotate(x, at(torch.tensor([position])))  # noqa: E731
     score = (turn(q, m) * turn(k, n)).sum()
     torch.testing.assert_close((turn(q, m + shift) * turn(k, n + shift)).sum(), score, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(turn(q, m).norm(), q.norm())
+    turned = rope.frequencies(DIM).numel() * 2
+    torch.testing.assert_close(turn(q, m)[..., :turned].norm(), q[..., :turned].norm() * rope.gain)
 
 
 def test_far_positions_in_float32():
@@ -161,13 +161,71 @@ def test_far_positions_in_float32():
     )
 
 
+# What is added to scores
+
+
+def test_slopes():
+    alibi = make("alibi")
+    assert alibi.slopes(8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert alibi.slopes(1).tolist() == [1 / 256]
+    expected = [2 ** (-8 * h / 8) for h in range(1, 9)] + [2 ** (-8 * h / 16) for h in (1, 3, 5, 7)]
+    np.testing.assert_allclose(alibi.slopes(12).numpy(), expected, rtol=1e-7)
+
+
+def bucket(distance, causal, buckets, max_distance):
+    """The bucket of key - query, in whole numbers: range k begins at exact (max_distance / exact)^(k / ranges)."""
+    count = buckets if causal else buckets // 2
+    back, exact, after = max(-distance, 0) if causal else abs(distance), count // 2, count * (distance > 0) * (not causal)
+    if back < exact:
+        return after + back
+    ranges = count - exact
+    begun = [back**ranges * exact**k >= exact**ranges * max_distance**k for k in range(1, ranges)]
+    return after + exact + sum(begun)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 20), (10, 77), (64, 512)])
+def test_buckets(causal, buckets, max_distance):
+    distances = range(-600, 600)
+    found = make(f"t5:buckets={buckets}:max_distance={max_distance}").bucket(torch.tensor(distances), causal)
+    assert found.tolist() == [bucket(d, causal, buckets, max_distance) for d in distances]
+    assert {*range(buckets)} - {*found.tolist()} == (set() if causal else {buckets // 2})  # "after, by 0" is never used
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("spec", ["alibi", "t5:buckets=4:max_distance=3"])
+def test_attention_with_what_is_added(spec, causal):
+    """An attention layer against one softmax in NumPy: penalties the same on both sides, gradients for the table."""
+    position = make(spec)
+    layer, x = GQA(DIM, position, heads=HEADS).double(), numbers(2, TIME, DIM)
+    where = Context(torch.zeros(2, TIME, dtype=torch.int64), torch.arange(TIME), causal=causal)
+    y = layer(x, where)
+    q, k, v = (part(x).detach().numpy().reshape(2, TIME, HEADS, -1) for part in (layer.query, layer.key, layer.value))
+    distance = np.arange(TIME) - np.arange(TIME)[:, None]
+    if spec == "alibi":
+        added = np.stack([-(2.0 ** (-4 * h)) * abs(distance) for h in (1, 2)])
+    else:
+        table = position.table.weight.detach().numpy()
+        added = np.array([[[table[bucket(d, causal, 4, 3), h] for d in row] for row in distance] for h in range(HEADS)])
+    scores = np.einsum("bihd,bjhd->bhij", q, k) / 2 + added
+    weights = np.exp(scores) * ((distance <= 0) if causal else 1)
+    mixed = np.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdims=True), v).reshape(2, TIME, DIM)
+    np.testing.assert_allclose(y.detach().numpy(), mixed @ layer.out.weight.detach().numpy().T, rtol=1e-10, atol=1e-12)
+    y.square().sum().backward()
+    if spec != "alibi":
+        used = {bucket(d, causal, 4, 3) for d in range(1 - TIME, 1 if causal else TIME)}
+        assert set(position.table.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == used
+
+
 @pytest.mark.parametrize(
     ("spec", "argument"),
     [
         ("rope:fraction=0", "fraction"), ("rope:fraction=1.5", "fraction"), ("rope:theta=0", "theta"),
         ("rope:factor=0.5", "factor"),
         ("rope:low=4:high=4", "low"), ("rope:original=0", "original"), ("learned:seq_len=0", "seq_len"),
-        ("sinusoidal:theta=-1", "theta"),
+        ("sinusoidal:theta=-1", "theta"), ("rope:low=0", "low"), ("rope:scaling=yarn:low=32", "low"),
+        ("rope:scaling=yarn:theta=1", "theta"), ("t5:buckets=3", "buckets"), ("t5:buckets=7", "buckets"),
+        ("t5:max_distance=16", "max_distance"), ("t5:heads=0", "heads"),
     ],
 )  # fmt: skip
 def test_bad_arguments(spec, argument):
@@ -180,3 +238,7 @@ def test_bad_dimensions():
         build("sinusoidal", POSITIONS, "position", dim=7)
     with pytest.raises(ValueError, match="^head_dim: "):
         make("rope").rotate(numbers(1, 1, 1, 7), at(torch.arange(1)))
+    with pytest.raises(ValueError, match="^heads: .* 2 heads, the mixer has 3$"):
+        make("t5").bias(at(torch.arange(1)), 3, 1, 1)
+    with pytest.raises(ValueError, match="^heads: "):
+        make("alibi").slopes(0)

@@ -41,6 +41,24 @@ LLAMAS = {
 }
 
 
+WINDOWED = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+RELATIVES = {
+    "mistral": {"window": dict(sliding_window=6), "window, gqa": dict(sliding_window=3, num_key_value_heads=2, head_dim=8)},
+    "qwen2": {"plain": dict(), "last layers windowed, tied": WINDOWED | dict(tie_word_embeddings=True, num_key_value_heads=2)},
+    "qwen3": {"plain": dict(), "windowed": WINDOWED, "bias": dict(attention_bias=True, num_key_value_heads=2, head_dim=6)},
+    "olmo2": {"plain": dict(), "gqa, eps": dict(num_key_value_heads=2, rms_norm_eps=1e-3)},
+    "gemma2": {
+        "plain": dict(sliding_window=6),
+        "bare": dict(sliding_window=7, attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=10),
+        "gqa, softcaps": dict(
+            sliding_window=4, num_key_value_heads=2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+    },
+}  # fmt: skip
+CLASSES = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2", qwen3="Qwen3", olmo2="Olmo2", gemma2="Gemma2")
+
+
 def theirs(family: str, **options) -> nn.Module:
     """A small model of theirs with random weights, of which none is at its initial 0 or 1."""
     torch.manual_seed(0)
@@ -49,15 +67,22 @@ def theirs(family: str, **options) -> nn.Module:
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | options, bos_token_id=0, eos_token_id=None))
     else:
         sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
-        sizes |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=None)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | options))
+        sizes |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=None, pad_token_id=None)
+        sizes |= {} if family == "llama" else dict(num_key_value_heads=4, head_dim=6)
+        if family in ("qwen2", "olmo2"):
+            del sizes["head_dim"]
+        config = getattr(transformers, f"{CLASSES[family]}Config")(**sizes | options)
+        config._attn_implementation = "eager"  # for gemma2 the one that knows a softcap
+        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
-ALL = [("gpt2", name, options) for name, options in GPT2S.items()] + [
-    ("llama", name, options) for name, options in LLAMAS.items()
+ALL = [
+    (family, name, options)
+    for family, cases in dict(gpt2=GPT2S, llama=LLAMAS, **RELATIVES).items()
+    for name, options in cases.items()
 ]
 each = pytest.mark.parametrize(("family", "options"), [pytest.param(f, options, id=f"{f}: {name}") for f, name, options in ALL])
 
@@ -141,16 +166,17 @@ def test_ours_there(options, shard_bytes, tmp_path):
         dict(model="small"), dict(model="gpt2", mixer="mha"), dict(model="gpt2", position="rope"),
         dict(model="gpt2", softcap=5.0), dict(model="llama-1m", mixer="gqa:value_embedding=true"),
         dict(model="gpt2", norm="layernorm:gain=false"), dict(model="gpt2", norm_place="post"),
+        dict(model="llama-1m", norm_place="sandwich"), dict(model="llama-1m", embedding_scale=2.0),
         dict(model="gpt2", mixer="mha:bias=true:head_dim=4"),
         dict(model="gpt2", mixer="mha:bias=true:qk_norm=unit"), dict(model="gpt2", stack="mha:bias=true mlp:bias=true"),
-        dict(model="gpt2", ffn="mlp:bias=true:activation=relu2"), dict(model="llama-1m", mixer="gqa:bias=true:out_bias=false"),
+        dict(model="gpt2", ffn="mlp:bias=true:activation=relu2"), dict(model="llama-1m", mixer="gqa:sinks=true"),
         dict(model="llama-1m", mixer="gqa:out_bias=true"), dict(model="llama-1m", mixer="gqa,mqa"),
         dict(model="llama-1m", norm="rmsnorm:gain=no"),
         dict(model="llama-1m", position="rope:fraction=0.5:interleaved=true"), dict(model="llama-1m", mixer="none"),
     ],
 )  # fmt: skip
 def test_what_no_family_holds(options, tmp_path):
-    with pytest.raises(ValueError, match="^export: no published family has this stack; there are gpt2, llama$"):
+    with pytest.raises(ValueError, match="^export: no published family has this stack; there are gpt2, llama, "):
         huggingface.export(ours(**options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -203,7 +229,7 @@ def complaint(folder) -> str:
         ("llama", dict(num_hidden_layers=3), ["'layers.2.input_layernorm.weight' is missing"]),
         ("llama", dict(num_hidden_layers=1), ["no place for: layers.1."]),
         ("llama", dict(vocab_size=60), ["embed_tokens.weight"]),
-        ("llama", dict(model_type="llamma"), ["model_type 'llamma' is not known here; there are gpt2, llama"]),
+        ("llama", dict(model_type="llamma"), ["model_type 'llamma' is not known here; there are gpt2, llama, "]),
         ("llama", dict(model_type=None), ["model_type None is not known here"]),
     ],
 )  # fmt: skip
