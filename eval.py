@@ -22,9 +22,11 @@ from models.config import Parser
 from models.generate import Sampler, generate
 from models.huggingface import export
 from models.machine import autocast, choose_device, choose_dtype, synchronise, tune_cpu
-from models.score import bits_per_byte
+from models.score import bits_per_byte, posed
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
+from nn.objective import OBJECTIVES
+from nn.spec import build
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +56,7 @@ def bpb(args, folder: Path, model: LanguageModel) -> int:
     _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
     seq_len = args.seq_len or config.seq_len
     batches = windows(validation, batch_size=args.batch_size, seq_len=seq_len, limit=args.tokens or None)
+    batches = posed(batches, build(config.objective, OBJECTIVES, "objective"), tokenizer.vocab_size)
     print(f"{bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed):.4f} bits per byte")
     return 0
 

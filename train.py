@@ -25,18 +25,19 @@ from models.describe import forward_flops
 from models.generate import Sampler, generate
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
-from models.score import bits_per_byte
+from models.score import bits_per_byte, posed
 from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
 from nn.init import INITS
 from nn.norm import NORMS
+from nn.objective import OBJECTIVES
 from nn.position import POSITIONS
-from nn.spec import listing, resolve
+from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_parameters, unflatten_state
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "init": INITS,
-            "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
+            "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,8 +98,9 @@ def train(config: Config, resumed: Path | None) -> int:
         raise ValueError(f"out: {str(run)!r} holds a run already; --resume {run} goes on with it")
     config = replace(config, out=str(run), dtype=str(dtype).removeprefix("torch."))
     saved = resumed or (Path(config.weights) if config.weights else None)
+    objective = build(config.objective, OBJECTIVES, "objective")
     if not saved:
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+        config = replace(config, vocab_size=objective.vocabulary(tokenizer.vocab_size))
     elif tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"tokenizer: it has {tokenizer.vocab_size} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
@@ -113,6 +115,7 @@ def train(config: Config, resumed: Path | None) -> int:
     if not config.steps and not config.minutes:
         raise ValueError("steps: give a number of --steps, or of --minutes")
     tokens_a_step = config.batch_size * config.seq_len
+    counted_a_step = tokens_a_step * objective.share
     flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
     peak = matmul_peak(device, dtype) * world
     log = Log(run, step, quiet=rank > 0)
@@ -122,6 +125,7 @@ def train(config: Config, resumed: Path | None) -> int:
     def evaluate(limit: int | None = None) -> float:
         with autocast(device, dtype):
             batches = windows(validation, batch_size=rows, seq_len=config.seq_len, limit=limit)
+            batches = posed(batches, objective, tokenizer.vocab_size)
             return bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed)
 
     def save_all() -> Path:
@@ -151,10 +155,12 @@ def train(config: Config, resumed: Path | None) -> int:
             group["lr"] = group["base_lr"] * multiplier
 
         total = torch.zeros((), device=device)
-        for _ in range(config.accumulate):
-            inputs, targets, documents = (t.to(device, non_blocking=True) for t in next(loader))
+        for part in range(config.accumulate):
+            inputs, targets, documents = next(loader)
+            inputs, targets = objective(inputs, targets, tokenizer.vocab_size, (config.seed, step, part, rank))
+            inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
             with autocast(device, dtype):
-                loss = forward(inputs, targets, documents=documents if config.packed else None) * (world / tokens_a_step)
+                loss = forward(inputs, targets, documents=documents if config.packed else None) * (world / counted_a_step)
             scaler.scale(loss).backward()  # processes average their gradients: each loss is of the whole step
             total += loss.detach() / world
         loss = summed(total, world)
@@ -193,7 +199,8 @@ def train(config: Config, resumed: Path | None) -> int:
         log.evaluation(step=step, bpb=evaluate(), elapsed=elapsed, whole=True)
         log.close()
         draw_curve(run / "log.jsonl", run / "curve.png")
-        log.say(f"saved {folder} and {run / 'curve.png'}; a sample:\n")
+        log.say(f"saved {folder} and {run / 'curve.png'}" + "; a sample:\n" * model.causal)
+    if rank == 0 and model.causal:
         prompt = torch.tensor([[tokenizer.eot]], device=device)
         sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
         length = min(config.sample, model.position.max_len or config.sample)

@@ -41,6 +41,7 @@ class Config:
     tie: bool = flag("model", False, "use the embedding as the output head too")
     embedding_scale: float = flag("model", 1.0, "multiply the embeddings by this")
     softcap: float = flag("model", 0.0, "squash logits into this bound by tanh (0: none)")
+    objective: str = flag("model", "next", "what is learned: next (a decoder) or masked:rate=0.3 (an encoder)")
     init: str = flag("model", "", "initialisation", tuple(INITS))
 
     weights: str = flag("training", "", "start from these weights: a checkpoint or a Hugging Face folder")

@@ -13,7 +13,7 @@ from nn.context import Context
 from nn.init import INITS
 from nn.linear import Linear
 from nn.norm import NORMS
-from nn.objective import next_token_loss
+from nn.objective import OBJECTIVES, next_token_loss
 from nn.position import POSITIONS
 from nn.spec import build
 
@@ -32,12 +32,13 @@ class DecodingState:
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only language model made of the sublayers that a configuration spells out."""
+    """A language model made of the sublayers that a configuration spells out: a decoder, or an encoder if its objective is."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         dim, vocab_size = config.dim, config.vocab_size
+        self.causal = build(config.objective, OBJECTIVES, "objective").causal
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
         specs = parse_stack(config.stack or config.stem)
@@ -64,8 +65,9 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` the sum of -log p(target) in nats, a scalar.
 
-        tokens and targets (B, T) int64; a target of -100 does not count. `documents` (B, T): tokens see only their own
-        document. `state`: these tokens follow those it has seen, and it remembers them. `last`: only the last logits.
+        tokens and targets (B, T) int64, as the objective gives them; a target of -100 does not count. `documents` (B, T):
+        tokens see only their own document. `state`: these tokens follow those it has seen, and it remembers them. `last`:
+        only the last logits.
         """
         context = self.context(tokens, documents, state)
         x = self.embedding(tokens)  # (B, T, C)
@@ -84,6 +86,8 @@ class LanguageModel(nn.Module):
     def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
         if documents is not None and state is not None:
             raise ValueError("documents: a decoding state remembers one document a row; give one or the other")
+        if state is not None and not self.causal:
+            raise ValueError("state: an encoder sees all tokens at once; it cannot go on from earlier ones")
         start = state.length if state is not None else 0
         end = start + tokens.shape[1]
         if self.position.max_len is not None and end > self.position.max_len:
@@ -92,7 +96,7 @@ class LanguageModel(nn.Module):
         if documents is not None:
             begins = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
-        return Context(tokens, positions, documents)
+        return Context(tokens, positions, documents, self.causal)
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
         """Whether the stack is layers of one kind of mixer and one kind of ffn: what published families look like."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval
 import train
 from models.checkpoint import checkpoints, read_tensors, verify
 from models.log import read as read_log
@@ -257,3 +258,21 @@ def test_the_log_is_json_lines(tmp_path, text):
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "bpb" in r] == [3, 6, 6] and records[-1]["whole"]
     assert all({"step", "loss", "lr", "elapsed", "speed", "share"} <= r.keys() for r in records if "loss" in r)
+
+
+def test_an_encoder_trains_and_resumes(text, tmp_path, capsys):
+    """Masked tokens: the loss falls, the second half again is the same bit for bit, nothing is sampled; eval.py judges it."""
+    flags = [*TINY, "--data", text, "--objective", "masked:rate=0.4", "--steps", "40", "--save-every", "20"]
+    for name in ("whole", "half"):
+        assert train.main([*flags, "--out", str(tmp_path / name)]) == 0
+    for path in checkpoints(tmp_path / "half")[1:]:
+        os.rename(path, tmp_path / "later")
+    assert train.main(["--resume", str(tmp_path / "half")]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "half")
+    whole = losses(tmp_path / "whole")
+    assert whole[-1][1] < whole[0][1] - 0.5 and "a sample" not in capsys.readouterr().out
+    assert eval.main(["bpb", "--checkpoint", str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    judged = [row["bpb"] for row in read_log(tmp_path / "whole" / "log.jsonl") if "bpb" in row][-1]
+    assert capsys.readouterr().out == f"{judged:.4f} bits per byte\n"
+    assert eval.main(["sample", "--checkpoint", str(tmp_path / "whole")]) == 2
+    assert "an encoder" in capsys.readouterr().err

@@ -14,3 +14,18 @@ def next_token_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float 
     z by c tanh(z / c).
     """
     return linear_cross_entropy(cast_once(x), head, targets, ignore_index=IGNORED, softcap=softcap)
+
+
+class NextToken:
+    """Next-token prediction: the model says each token from those before it."""
+
+    causal = True
+    share = 1.0  # of the tokens that count
+
+    def vocabulary(self, size: int) -> int:
+        """Rows of the embedding for a tokenizer of `size` ids."""
+        return size
+
+    def __call__(self, inputs: Tensor, targets: Tensor, size: int, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What the model reads and what it is to say: the loader's inputs and targets (B, T) as they are."""
+        return inputs, targets

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import linear_cross_entropy
-from nn.objective import next_token_loss
+from models import Config, LanguageModel
+from nn.objective import OBJECTIVES, MaskedTokens, next_token_loss
 
 N, DIM, VOCAB = 11, 6, 17
 
@@ -132,3 +133,58 @@ def test_never_all_logits_at_once(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         next_token_loss(x, head, targets).backward()
     assert sum(kept) <= N * DIM + VOCAB * DIM
+
+
+# What a model reads and what it is to say
+
+
+def test_next_token_leaves_the_batch_as_it_is():
+    inputs, targets = torch.randint(9, (2, 3, 5))
+    found = OBJECTIVES["next"]()(inputs, targets, 9, (0,))
+    assert found[0] is inputs and found[1] is targets
+
+
+@pytest.mark.parametrize(("rate", "keep", "random"), [(0.3, 0.1, 0.1), (0.15, 0.5, 0.0), (1.0, 0.0, 0.0), (0.5, 0.2, 0.8)])
+def test_masking(rate, keep, random):
+    """Shares of hidden, kept, replaced and masked tokens; the rest is as it was and does not count."""
+    objective, size, text = MaskedTokens(rate=rate, keep=keep, random=random), 1000, torch.randint(1000, (200, 500))
+    shown, targets = objective(text, text, size, (1, 2))
+    hidden = targets != -100
+    assert torch.equal(targets[hidden], text[hidden]) and torch.equal(shown[~hidden], text[~hidden])
+    masked, kept = shown[hidden] == size, shown[hidden] == text[hidden]
+    shares = [x.double().mean().item() for x in (hidden, kept, masked)]
+    assert shares == pytest.approx([rate, keep + random / size, 1 - keep - random], abs=0.01)
+    assert shown.max() <= size
+
+
+def test_masking_follows_its_seed():
+    text = torch.arange(60).view(3, 20)
+    draw = lambda *seed: MaskedTokens()(text, text, 60, seed)[0]  # noqa: E731
+    assert torch.equal(draw(0, 1), draw(0, 1)) and not torch.equal(draw(0, 1), draw(1, 0))
+
+
+def test_room_for_the_mask():
+    assert [MaskedTokens().vocabulary(size) for size in (1, 63, 64, 30522)] == [64, 64, 128, 30528]  # the last as MosaicBERT
+
+
+@pytest.mark.parametrize("options", [dict(rate=0), dict(rate=1.5), dict(keep=-0.1), dict(keep=0.6, random=0.6)])
+def test_bad_shares(options):
+    with pytest.raises(ValueError, match="^(rate|keep): "):
+        MaskedTokens(**options)
+
+
+@torch.no_grad()
+def test_an_encoder_sees_both_sides():
+    """What a token's logits depend on: everything, unless it stands in another document; a decoder's on the past alone."""
+    tokens, documents = torch.arange(8)[None], torch.tensor([[0] * 4 + [1] * 4])
+    fields = dict(vocab_size=64, dim=16, heads=2, depth=1, stem="", mixer="gqa", position="rope")
+    for objective, packed, seen in (
+        ("next", {}, range(3, 8)), ("masked", {}, range(8)), ("masked", dict(documents=documents), range(4)),
+    ):  # fmt: skip
+        model = LanguageModel(Config.of(**fields, objective=objective))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        changed = (model(tokens, **packed) - model(tokens.index_fill(1, torch.tensor([3]), 60), **packed)).abs().amax(-1)[0]
+        assert (changed > 1e-4).nonzero()[:, 0].tolist() == list(seen)
+    with pytest.raises(ValueError, match="^state: an encoder"):
+        model(tokens, state=model.init_state(1, 8))
