@@ -3,6 +3,10 @@
     python eval.py bpb                                  bits per byte on the validation text
     python eval.py sample --prompt "def main("          text that follows a prompt, as it is made
     python eval.py speed                                prefill and decoding, tokens a second
+    python eval.py length --multiples 1,2,4,8           bits per byte beyond the length of the training
+    python eval.py passkey                              find a number that was told long ago
+    python eval.py layers                               what each layer does, and what is lost without it
+    python eval.py maps --prompt "def main("            where attention looks, as a picture
     python eval.py export --to FOLDER                   write it as a published (Hugging Face) model
 
 --checkpoint takes a run, a checkpoint, a folder in the Hugging Face format, or nothing: the newest run of all.
@@ -16,12 +20,14 @@ from pathlib import Path
 import torch
 
 from data import Tokenizer, load, load_tokenizer, windows
+from data.passkey import passkey
 from models import LanguageModel
 from models.checkpoint import find
 from models.config import Parser
 from models.generate import Sampler, generate
 from models.huggingface import export
 from models.machine import autocast, choose_device, choose_dtype, synchronise, tune_cpu
+from models.probe import attention_maps, draw_maps, layer_effects, loss_by_position, sinks_of
 from models.score import bits_per_byte, posed
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
@@ -94,6 +100,82 @@ def speed(args, folder: Path, model: LanguageModel) -> int:
     return 0
 
 
+def length(args, folder: Path, model: LanguageModel) -> int:
+    """Print bits per byte at multiples of the trained length, and the loss of the last tokens of each."""
+    tokenizer, config = tokenizer_of(folder, args.tokenizer), read_config(folder)
+    _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
+    print(f"{'tokens':>8} {'bits per byte':>14} {'loss of the last eighth':>24}")
+    for multiple in numbers(args.multiples, "multiples"):
+        seq_len = int(multiple * config.seq_len)
+        if model.position.max_len is not None and seq_len > model.position.max_len:
+            raise ValueError(f"multiples: {config.position} ends at {model.position.max_len} tokens, before {seq_len}")
+
+        def batches(seq_len=seq_len):
+            return windows(validation, batch_size=args.batch_size, seq_len=seq_len, limit=args.tokens or None)
+
+        bits = bits_per_byte(model, batches(), tokenizer.token_bytes)
+        late = loss_by_position(model, batches())[-max(1, seq_len // 8) :].nanmean().item()
+        print(f"{seq_len:>8} {bits:>14.4f} {late:>24.4f}")
+    return 0
+
+
+def passkeys(args, folder: Path, model: LanguageModel) -> int:
+    """Print how often a number told long ago is said again, by length and by the place where it was told."""
+    tokenizer, device = tokenizer_of(folder, args.tokenizer), model.head.weight.device
+    depths = numbers(args.depths, "depths")
+    print(f"{'characters':>10}" + "".join(f"  told at {depth:>4.0%}" for depth in depths) + f"   (chance {10**-args.digits:g})")
+    for characters in numbers(args.lengths, "lengths"):
+        rates = []
+        for depth in depths:
+            right = 0
+            for seed in range(args.count):
+                task = passkey(int(characters), depth=depth, seed=args.seed + seed, digits=args.digits)
+                prompt = torch.tensor([tokenizer.encode(task.prompt)], device=device)
+                said = generate(model, prompt, new_tokens=args.digits + 1, sampler=Sampler(temperature=0))
+                right += tokenizer.decode([token.item() for token in said]).strip().startswith(task.answer)
+            rates.append(right / args.count)
+        print(f"{int(characters):>10}" + "".join(f"{rate:>14.0%}" for rate in rates))
+    return 0
+
+
+def layers(args, folder: Path, model: LanguageModel) -> int:
+    """Print for each layer what the loss rises by without it, how far it turns the stream, and the variance after it."""
+    tokenizer, config = tokenizer_of(folder, args.tokenizer), read_config(folder)
+    _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
+    batch = next(iter(posed(windows(validation, batch_size=args.batch_size, seq_len=config.seq_len),
+                            build(config.objective, OBJECTIVES, "objective"), tokenizer.vocab_size)))  # fmt: skip
+    print(f"{'layer':>5} {'skipped, nats':>14} {'angle / pi':>11} {'variance':>10}")
+    for number, effect in enumerate(layer_effects(model, *(x.to(model.head.weight.device) for x in batch[:2])), 1):
+        print(f"{number:>5} {effect['skipped']:>14.4f} {effect['angle']:>11.4f} {effect['variance']:>10.3f}")
+    return 0
+
+
+def maps(args, folder: Path, model: LanguageModel) -> int:
+    """Draw the attention of every head over a prompt, and print which tokens are sinks."""
+    tokenizer = tokenizer_of(folder, args.tokenizer)
+    ids = [tokenizer.eot, *tokenizer.encode(args.prompt)]
+    weights = attention_maps(model, torch.tensor([ids], device=model.head.weight.device))
+    if not weights:
+        raise ValueError("checkpoint: the model has no layer of softmax attention")
+    draw_maps(weights, Path(args.to))
+    for number, found in enumerate(weights, 1):
+        share, columns = found[0, :, 1:, 0].mean().item(), sinks_of(found)[0].any(0).nonzero()[:, 0].tolist()
+        words = ", ".join(repr(tokenizer.decode([ids[i]])) for i in columns[:8]) or "none"
+        print(f"layer {number}: {share:.0%} of the attention goes to the first token; sinks: {words}")
+    print(f"wrote {args.to}")
+    return 0
+
+
+def numbers(text: str, name: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value < 1e9 for value in values):
+        raise ValueError(f"{name}: numbers with commas between them, as 1,2,4, not {text!r}")
+    return values
+
+
 def export_published(args, folder: Path, model: LanguageModel) -> int:
     """Write the model in the Hugging Face format, its tokenizer beside it."""
     export(model, Path(args.to))
@@ -149,6 +231,29 @@ def parse(argv: list[str] | None):
     number(p, "--prompt-tokens", 128, "tokens read")
     number(p, "--tokens", 128, "tokens written")
     number(p, "--repeats", 3, "times; the best counts")
+
+    p = command("length", length)
+    p.add_argument("--multiples", default="1,2,4,8", metavar="N,N", help="of the training length [1,2,4,8]")
+    p.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
+    p.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+    number(p, "--tokens", 32768, "how many, spread over the text (0: all)")
+    number(p, "--batch-size", 4, "windows at once")
+
+    p = command("passkey", passkeys)
+    p.add_argument("--lengths", default="500,1000,2000", metavar="N,N", help="characters of the text [500,1000,2000]")
+    p.add_argument("--depths", default="0,0.5,1", metavar="X,X", help="where the number is told [0,0.5,1]")
+    number(p, "--digits", 5, "digits of the number")
+    number(p, "--count", 10, "numbers a cell")
+    number(p, "--seed", 0, "of the numbers")
+
+    p = command("layers", layers)
+    p.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
+    p.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+    number(p, "--batch-size", 16, "windows to look at")
+
+    p = command("maps", maps)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="the text to look at")
+    p.add_argument("--to", default="attention.png", metavar="FILE", help="where to write [attention.png]")
 
     p = command("export", export_published)
     p.add_argument("--to", required=True, metavar="FOLDER", help="where to write")

@@ -43,6 +43,7 @@ class LanguageModel(nn.Module):
         self.position = build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
         specs = parse_stack(config.stack or config.stem)
         specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
+        self.specs = specs
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
         place = dict(norm=config.norm, place=config.norm_place, sublayers=len(specs))
         self.stack = nn.ModuleList(

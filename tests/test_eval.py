@@ -88,3 +88,36 @@ def test_a_damaged_checkpoint_is_named(run, capsys):
     assert evaluation.main(["sample", "--checkpoint", str(run)]) == 2
     assert "model.safetensors has" in capsys.readouterr().err
     (saved / "model.safetensors").write_bytes(good)
+
+
+def table(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()[1:]]
+
+
+def test_beyond_the_trained_length(run, capsys):
+    assert evaluation.main(["length", "--checkpoint", str(run), "--multiples", "0.5,1,2", "--tokens", "640"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["16", "32", "64"] and all(0 < float(cell) < 8 for row in rows for cell in row[1:])
+    assert evaluation.main(["bpb", "--checkpoint", str(run), "--tokens", "640", "--batch-size", "4", "--dtype", "float32"]) == 0
+    assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(rows[1][1]), abs=0.02)
+    assert evaluation.main(["length", "--checkpoint", str(run), "--multiples", "1,two"]) == 2
+    assert "multiples: numbers with commas" in capsys.readouterr().err
+
+
+def test_passkeys_are_looked_for(run, capsys):
+    flags = ["--lengths", "0,300", "--depths", "0,1", "--digits", "2", "--count", "2"]
+    assert evaluation.main(["passkey", "--checkpoint", str(run), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "chance 0.01" in out and [len(row) for row in table(out)] == [3, 3]
+
+
+def test_layers_are_judged(run, capsys):
+    assert evaluation.main(["layers", "--checkpoint", str(run), "--batch-size", "2", "--dtype", "float32"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["1", "2"] and any(float(row[1]) > 0.01 for row in rows)
+
+
+def test_maps_are_drawn(run, tmp_path, capsys):
+    picture = tmp_path / "maps.png"
+    assert evaluation.main(["maps", "--checkpoint", str(run), "--prompt", "7 times 8", "--to", str(picture)]) == 0
+    assert picture.stat().st_size > 5000 and "layer 2: " in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval
+import eval as evaluation
 import train
 from models.checkpoint import checkpoints, read_tensors, verify
 from models.log import read as read_log
@@ -271,8 +271,8 @@ def test_an_encoder_trains_and_resumes(text, tmp_path, capsys):
     assert_same_end(tmp_path / "whole", tmp_path / "half")
     whole = losses(tmp_path / "whole")
     assert whole[-1][1] < whole[0][1] - 0.5 and "a sample" not in capsys.readouterr().out
-    assert eval.main(["bpb", "--checkpoint", str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert evaluation.main(["bpb", "--checkpoint", str(tmp_path / "whole"), "--dtype", "float32"]) == 0
     judged = [row["bpb"] for row in read_log(tmp_path / "whole" / "log.jsonl") if "bpb" in row][-1]
     assert capsys.readouterr().out == f"{judged:.4f} bits per byte\n"
-    assert eval.main(["sample", "--checkpoint", str(tmp_path / "whole")]) == 2
+    assert evaluation.main(["sample", "--checkpoint", str(tmp_path / "whole")]) == 2
     assert "an encoder" in capsys.readouterr().err
