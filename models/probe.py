@@ -1,7 +1,7 @@
 """What goes on inside a trained model: loss by position, what each layer does, where attention looks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.language_model import LanguageModel
 from models.stack import layer_numbers
+from nn.context import Context
 
 # B batch, T time, C model dim, H heads, S keys
 
@@ -90,30 +91,48 @@ def layer_effects(model: LanguageModel, inputs: Tensor, targets: Tensor) -> list
     return effects
 
 
+@contextmanager
+def attending(layers: list[nn.Module], change: Callable[[nn.Module, Callable], Callable]):
+    """Within it each layer of attention attends by `change(layer, attend)` instead of its own (q, k, v, context) -> y."""
+    before = [vars(layer).get("attend") for layer in layers]
+    for layer in layers:
+        layer.attend = change(layer, layer.attend)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.attend
+            if own is not None:
+                layer.attend = own
+
+
+def weights_of(attend: Callable, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """(B, H, T, S): what each query gives to each key, from the layer's own attention with unit vectors as values."""
+    units = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+    return attend(q, k, units, context).float()
+
+
+def attention_layers(model: LanguageModel) -> list[nn.Module]:
+    return [s.layer for s in model.stack if hasattr(s.layer, "attend")]
+
+
 @torch.inference_mode()
 def attention_maps(model: LanguageModel, tokens: Tensor) -> list[Tensor]:
     """For each softmax attention layer the weights (B, H, T, S) that its queries give to the keys of tokens (B, T).
 
-    Rows sum to 1, less what a learned sink takes. They come from the layer's own attention, with unit vectors as values.
+    Rows sum to 1, less what a learned sink takes.
     """
     maps: list[Tensor] = []
-    layers = [s.layer for s in model.stack if hasattr(s.layer, "attend")]
 
-    def recorded(attend):
-        def call(q, k, v, context):
-            units = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-            maps.append(attend(q, k, units, context).float())
+    def recorded(layer: nn.Module, attend: Callable) -> Callable:
+        def call(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+            maps.append(weights_of(attend, q, k, v, context))
             return attend(q, k, v, context)
 
         return call
 
-    for layer in layers:
-        layer.attend = recorded(layer.attend)
-    try:
+    with attending(attention_layers(model), recorded):
         model(tokens)
-    finally:
-        for layer in layers:
-            del layer.attend
     return maps
 
 
