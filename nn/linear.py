@@ -40,7 +40,8 @@ def decode_in_half(model: nn.Module) -> None:
         groups += [[child] for name, child in module.named_children() if isinstance(child, Linear) and name not in names]
         for layers in groups:
             weight = torch.cat([layer.weight.detach().half() for layer in layers])
-            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().half() for layer in layers])
+            biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+            bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).half()
             layers[0].halved, layers[0].sizes = (weight, bias), tuple(layer.out_features for layer in layers)
 
 

@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 
-from nn.attention import GQA
+from nn.attention import ATTENTION, GQA
+from nn.context import Context
 from nn.ffn import SwiGLU
 from nn.linear import Linear, cast_once, decode_in_half, output_projection, project
+from nn.position import RelativePosition
+from nn.spec import build
 
 
 def test_cast_once():
@@ -42,3 +45,15 @@ def test_layers_of_one_input_are_one_product_in_half_precision():
             assert y.shape == (1, 1, layer.out_features)
             torch.testing.assert_close(y, whole[:1], atol=2e-3, rtol=2e-3)
             assert not torch.equal(y, whole[:1])
+
+
+def test_biases_of_some_layers_of_a_group():
+    """Keys without a bias beside values that have one."""
+    mixer = build("deberta:p2c=false", ATTENTION, "mixer", 16, heads=2, position=RelativePosition(16, span=4))
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, where = torch.randn(1, 1, 16), Context(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        whole = mixer(x, where)
+        decode_in_half(mixer)
+        assert (mixer(x, where) - whole).norm() < 0.01 * whole.norm()
