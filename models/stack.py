@@ -12,9 +12,10 @@ from models.residual import BESIDE
 from nn.attention import ATTENTION
 from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
+from nn.mixing import MIXING
 from nn.spec import resolve
 
-MIXERS = {**ATTENTION, **EMBEDDINGS}
+MIXERS = {**ATTENTION, **MIXING, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")
 

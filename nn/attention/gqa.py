@@ -2,10 +2,9 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import attention
+from kernels.attention import attention, merge
 from kernels.rmsnorm import rms_norm
 from nn.attention.cache import KVCache, WindowCache
 from nn.attention.documents import document_spans
@@ -83,6 +82,9 @@ class GQA(nn.Module):
         position = position or NoPosition()
         # functions alone: the encoding's parameters are the model's
         self.rotate, self.bias, self.slopes = position.rotate, position.bias, position.slopes(heads)
+        # a window's cache drops tokens; first ones and a bias by distance need to know how many
+        biased = position.bias.__func__ is not NoPosition.bias or self.slopes is not None
+        self.forgets = window is not None and not (global_tokens and biased)
         inner, shared = heads * self.head_dim, kv_heads * self.head_dim
         self.query = Linear(dim, inner, bias=bias)
         self.key = Linear(dim, shared, bias=bias)
@@ -100,14 +102,7 @@ class GQA(nn.Module):
         self.out = output_projection(inner, dim, bias=bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = project(x, self.query, self.key, self.value)
-        if self.qk_norm == "all":
-            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
-        q, k, v = map(self.heads_of, (q, k, v))  # (B, T, heads, D)
-        if self.value_table is not None:
-            v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
-        if self.qk_norm in ("unit", "head"):
-            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
+        q, k, v = self.projected(x, context)
         q, k = self.rotate(q, context), self.rotate(k, context)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
         if context.state is not None:
@@ -117,26 +112,56 @@ class GQA(nn.Module):
             y = y * self.gate(x).sigmoid()
         return self.out(y)
 
+    def projected(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, T, heads, D), normalised and not yet turned."""
+        q, k, v = project(x, self.query, self.key, self.value)
+        if self.qk_norm == "all":
+            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
+        q, k, v = map(self.heads_of, (q, k, v))
+        if self.value_table is not None:
+            v = v + self.heads_of(self.value_table(context.tokens)).to(v.dtype)
+        if self.qk_norm in ("unit", "head"):
+            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
+        return q, k, v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """(B, H, T, D) of queries (B, H, T, D), keys and values (B, K, S, D): softmax attention as the options say."""
-        if self.global_tokens and context.documents is not None:
-            raise ValueError("documents: global_tokens are the first of a row; give each document a row of its own")
         bias = self.bias(context, self.heads, q.shape[2], k.shape[2])
         if bias is not None:
             return self.attend_with(bias, q, k, v, context)
-        slopes = None if self.slopes is None else self.slopes.to(q.device)
-        return attention(
-            q, k, v, causal=context.causal, window=self.window, global_tokens=self.global_tokens, alibi=slopes,
-            softcap=self.softcap, sinks=self.sinks, scale=self.scale, shared_spans=document_spans(context),
-        )  # fmt: skip
+        options = dict(softcap=self.softcap, sinks=self.sinks, scale=self.scale)
+        options["alibi"] = None if self.slopes is None else self.slopes.to(q.device)
+        spans, first = document_spans(context), self.global_tokens if self.window is not None else 0
+        if spans is None or not first:
+            options |= dict(causal=context.causal, window=self.window, global_tokens=first, shared_spans=spans)
+            return attention(q, k, v, **options)
+        if not context.causal:
+            raise ValueError("documents: global_tokens of an encoder are the first of a row; give each document its own")
+        # packed: the window of each document, and its first tokens where the window no longer reaches them
+        low, high = spans
+        far = low, torch.minimum(low + first, high - self.window).maximum(low).contiguous()
+        near = attention(q, k, v, window=self.window, shared_spans=spans, with_lse=True, **options)
+        options["sinks"] = None  # it takes part once
+        y, _ = merge(*near, *attention(q, k, v, causal=False, shared_spans=far, with_lse=True, **options))
+        return y
 
     def attend_with(self, bias: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """The same with a bias (B or 1, H, T, S) beside the scores, which are then held whole."""
-        if self.window is not None or self.softcap or self.sinks is not None:
-            raise ValueError("position: a bias on the scores goes without window, softcap and sinks")
-        seen = visible(context, q.shape[2], k.shape[2])[:, None]
-        bias = bias.to(q.dtype).masked_fill(~seen, -torch.inf)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=self.heads != self.kv_heads)
+        T, S, first = q.shape[2], k.shape[2], self.global_tokens
+        seen = visible(context, T, S)[:, None]
+        if self.window is not None:
+            at = torch.arange(S, device=q.device)
+            near = (at[S - T :, None] - at).abs() < self.window
+            early = (at if context.documents is None else context.positions).view(-1, 1, S) < first  # (B or 1, 1, S)
+            seen = seen & (near | early | early.mT[:, S - T :])[:, None]
+        k, v = (u.repeat_interleave(self.heads // self.kv_heads, 1) for u in (k, v))
+        scores = self.scale * (q @ k.mT)
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = (scores + bias).masked_fill(~seen, -torch.inf)
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        return scores.softmax(-1)[..., :S].to(v.dtype) @ v
 
     def is_plain(self) -> bool:
         """Whether it is as its paper has it, none of the options that stand beside it being used."""
@@ -151,12 +176,12 @@ class GQA(nn.Module):
         self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> KVCache | WindowCache:
         sizes, options = (batch, self.kv_heads, max_len, self.head_dim), dict(dtype=dtype, device=device)
-        if self.window is None:
+        if not self.forgets:
             return KVCache(*sizes, **options)
         return WindowCache(*sizes, first=self.global_tokens, last=self.window - 1, **options)
 
     def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        kept = max_len if self.window is None else min(max_len, self.global_tokens + self.window - 1)
+        kept = min(max_len, self.global_tokens + self.window - 1) if self.forgets else max_len
         return 2 * batch * self.kv_heads * kept * self.head_dim * dtype.itemsize
 
     def mixing_flops(self, queries: int, keys: int) -> int:

@@ -25,7 +25,10 @@ MORE = [
     "mha:heads=2",
     "gqa:window=3",
     "gqa:window=4:kv_heads=2",
+    "gqa:window=3:global_tokens=2:sinks=true",
     "gqa:softcap=2:scale=0.4",
+    "longformer:window=3:global_tokens=2",
+    "bigbird:block=16:random_blocks=0",
     "gqa:temperature=0.8:sinks=true:gate=true",
     "mla:q_rank=6:kv_rank=5:nope_dim=3:rope_dim=4:value_dim=7",
     "mla:kv_rank=300",
@@ -86,6 +89,12 @@ def reads_x(mixer: nn.Module) -> bool:
     """Whether a mixer is more than a function of the tokens' ids."""
     x = numbers(BATCH, TIME, DIM)
     return not torch.equal(mixer(x, context(TIME)), mixer(x + 1, context(TIME)))
+
+
+def mixes(mixer: nn.Module) -> bool:
+    """Whether tokens meet in it at all."""
+    x = numbers(BATCH, TIME, DIM)
+    return not torch.equal(mixer(x, context(TIME))[:, 1:], mixer(with_other_token(x, context(TIME), 0)[0], context(TIME))[:, 1:])
 
 
 def tolerance(dtype: torch.dtype) -> dict:
@@ -151,7 +160,7 @@ def test_gradcheck(spec):
     """In respect of the input, of the parameters, and of documents packed into a row."""
     mixer, x = make(spec), numbers(2, 4, DIM).requires_grad_()
     where = context(4, batch=2, documents=torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1]]))
-    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    names, parameters = [name for name, _ in mixer.named_parameters()], [*mixer.parameters()]
     call = lambda x, *values: torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x, where))  # noqa: E731
     assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=True)
 
@@ -239,7 +248,7 @@ def test_a_state_that_is_full_says_so(spec):
 def test_without_causality(spec):
     """An encoder's token sees the one that follows it; a mixer that has no such form says so, and a table looks back only."""
     mixer, x = make(spec, "none"), numbers(BATCH, TIME, DIM)
-    if not reads_x(mixer):
+    if not (reads_x(mixer) and mixes(mixer)):
         return
     try:
         y = mixer(x, context(TIME, causal=False))
@@ -255,7 +264,7 @@ def test_mixing_flops(spec):
     mixer = make(spec)
     counts = [mixer.mixing_flops(t, t) for t in (0, 8, 16)]
     assert all(isinstance(count, int) for count in counts) and counts[0] == 0
-    assert counts[0] < counts[1] < counts[2] if reads_x(mixer) else not any(counts)
+    assert counts[0] < counts[1] < counts[2] if mixes(mixer) else not any(counts)
 
 
 @pytest.mark.parametrize("heads", [0, -2])
@@ -323,7 +332,8 @@ def test_packed_documents_equal_each_alone(spec, position):
     for row, lengths in enumerate(LENGTHS):
         parts = [made(part[None])[0] for part in tokens[row].split(lengths)]
         torch.testing.assert_close(logits[row], torch.cat(parts), **tolerance(torch.float64))
-    assert (logits - made(tokens)).abs().max() > 1e-3  # without documents it is another matter
+    if any(mixes(sublayer.layer) for sublayer in made.stack if sublayer.is_mixer):
+        assert (logits - made(tokens)).abs().max() > 1e-3  # without documents it is another matter
 
 
 @each_mixer
