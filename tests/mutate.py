@@ -2,6 +2,7 @@
 
     python -m tests.mutate kernels/rmsnorm.py [...]       these files; all of kernels/ without one
     python -m tests.mutate --show kernels/rmsnorm.py      and every mutant that was not caught
+    python -m tests.mutate --sample 40                    of each file this many mutants, drawn at random with a seed
 
 A mutant differs from the file in one operator, comparison, constant, index, axis or mask. It is caught if the contract
 (a few draws of every path and dtype, finite differences) or tests/kernels/test_<file>.py fails on it, or if it cannot be
@@ -15,6 +16,7 @@ its SPECs and the functions that are their `pytorch`, `inputs` and `cost`.
 import ast
 import importlib.util
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -181,7 +183,13 @@ def verdict(name: str, mutant: Mutant, original: list[bytes]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    show = "--show" in argv
+    show, sample = "--show" in argv, None
+    if "--sample" in argv:
+        place = argv.index("--sample")
+        sample, argv = argv[place + 1 : place + 2], argv[:place] + argv[place + 2 :]
+        if not sample or not sample[0].isdigit():
+            print("mutate: --sample takes a number of mutants", file=sys.stderr)
+            return 2
     files = list(dict.fromkeys(spec.op.__module__.removeprefix("kernels.") for spec in kernels.SPECS.values()))
     paths = [Path(a) for a in argv if a != "--show"] or [ROOT / "kernels" / f"{stem}.py" for stem in files]
     if unknown := [path for path in paths if path.stem not in files]:
@@ -195,7 +203,10 @@ def main(argv: list[str]) -> int:
         if verdict(path.stem, Mutant(0, "", "", source), original) != "same":
             print(f"mutate: {path.name} does not pass its tests as it is, or not in {SECONDS} seconds", file=sys.stderr)
             return 2
-        for mutant in mutants(source, instruments(path.stem)):
+        chosen = list(mutants(source, instruments(path.stem)))
+        if sample:
+            chosen = random.Random(0).sample(chosen, min(int(sample[0]), len(chosen)))
+        for mutant in chosen:
             kind = verdict(path.stem, mutant, original)
             counts[kind] += 1
             if show and kind != "caught":

@@ -94,7 +94,8 @@ class Llama:
     def fits(self, model: LanguageModel) -> bool:
         """Whether the parts are those that `config_out` asks; that nothing else differs is seen by reading it again."""
         parts = model.alternates((GQA, MHA, MQA), GLU, RMSNorm) and type(model.position) is RoPE
-        return parts and model.config.norm_place == self.place and all(
+        stretched = parts and model.position.factor != 1 and model.position.scaling != "llama3"
+        return parts and not stretched and model.config.norm_place == self.place and all(
             (s.layer.query_gain is None) == (self.qk_norm in ("none", "unit")) for s in model.stack[0::2]
         )
 

@@ -5,12 +5,10 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention, merge
-from kernels.rmsnorm import rms_norm
 from nn.attention.documents import document_spans
 from nn.attention.gqa import GQA
 from nn.checks import at_least
 from nn.context import Context
-from nn.linear import project
 from nn.position.none import NoPosition
 
 # B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
@@ -65,22 +63,12 @@ class DCA(GQA):
         start = 0 if context.state is None else context.state.length
         name = ("dca", self.chunk, self.original, start)
         parts = context.once(name, lambda: self.parts(x, context, start))
-        q, k, v = self.projected(x)
+        q, k, v = self.projected(x, context)
         k = self.rotate(k, parts[0][0])
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # (B, heads, T, D)
         if context.state is not None:
             k, v = (u.to(q.dtype) for u in context.state.append(k, v))  # (B, K, S, D); under autocast they may differ
         return self.out(self.merged(q, k, v, parts, context).transpose(1, 2).flatten(2))
-
-    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, T, heads, D), normalised and not turned."""
-        q, k, v = project(x, self.query, self.key, self.value)
-        if self.qk_norm == "all":
-            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
-        q, k, v = map(self.heads_of, (q, k, v))
-        if self.qk_norm in ("unit", "head"):
-            q, k = rms_norm(q, self.query_gain, eps=self.qk_eps), rms_norm(k, self.key_gain, eps=self.qk_eps)
-        return q, k, v
 
     def parts(self, x: Tensor, context: Context, start: int) -> list[Part]:
         """Of the keys of a query's own chunk, of the one before and of earlier ones: those that may not be empty."""

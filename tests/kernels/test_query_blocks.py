@@ -153,10 +153,11 @@ def test_large_scores_stay_finite():
     assert all(array.isfinite().all() for array in found)
 
 
-def test_memory_kept_for_the_backward_pass_is_linear(monkeypatch):
-    """With more than one block of queries, the probabilities are not among what is kept."""
+@pytest.mark.parametrize("window", [None, 64])
+def test_memory_kept_for_the_backward_pass_is_linear(window, monkeypatch):
+    """With more than one block of queries, the probabilities are not among what is kept: q, k, v, the output and the lse."""
     monkeypatch.setattr(query_blocks, "KEEP", 8)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        attention(*(array.requires_grad_() for array in inputs((1, 1, 1, 64, 64, 2, 2))), causal=True)
-    assert sum(kept) <= 4 * 64 * 2
+        attention(*(array.requires_grad_() for array in inputs((1, 1, 1, 64, 64, 2, 2))), causal=True, window=window)
+    assert sum(kept) <= 5 * 64 * 2

@@ -1,10 +1,10 @@
 """Does torch.compile(fullgraph=True) trace the Triton path of an op? Found out without a GPU: traced, never run.
 
-    python -m tests.kernels.trace_triton rmsnorm
+    python -m tests.kernels.trace_triton rmsnorm [...]
 
 The tensors lie on the CPU; PyTorch and Triton are told that there is a GPU, which is enough for everything before code
 generation. In place of the compiled graphs stand functions that return empty tensors of the right shapes. Prints how
-many kernels the forward and the backward graph start.
+many kernels the forward and the backward graph of each example call start.
 """
 
 import sys
@@ -62,5 +62,6 @@ def kernels_in(name: str, example: dict) -> list[int]:
 if __name__ == "__main__":
     torch.utils._triton.has_triton = lambda: True
     driver.set_active(Pretended())
-    for shapes in SPECS[sys.argv[1]].cpu:
-        print(*kernels_in(sys.argv[1], shapes))
+    for name in sys.argv[1:]:
+        for shapes in SPECS[name].cpu:
+            print(name, *kernels_in(name, shapes), flush=True)

@@ -73,7 +73,8 @@ def test_the_example_of_the_paper():
 @pytest.mark.parametrize("position", ["rope:theta=100", "rope:scaling=yarn:factor=4:original=8:theta=50:fraction=0.5"])
 def test_one_softmax_over_all_keys(chunk, original, time, position):
     mixer, x = make(chunk, original, position, qk_norm="head"), numbers(time)
-    q, k, v = (part.detach().numpy().repeat(1 if part.shape[2] == HEADS else 2, axis=2) for part in mixer.projected(x))
+    projected = mixer.projected(x, context(time))
+    q, k, v = (part.detach().numpy().repeat(HEADS // part.shape[2], axis=2) for part in projected)
     rope = mixer.rotate.__self__
     frequencies, apart = rope.frequencies(DIM // HEADS).numpy(), relative(chunk, original, time)
     half = len(frequencies)
@@ -114,7 +115,8 @@ def test_prefill_and_steps_equal_the_whole(chunk, original, time):
             parts.append(mixer(x[:, start : start + length], context(length, start, state=state)))
             start += length
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
-    turned = mixer.rotate(mixer.projected(x)[1], replace(context(time), positions=torch.arange(time) % chunk))
+    keys = mixer.projected(x, context(time))[1]
+    turned = mixer.rotate(keys, replace(context(time), positions=torch.arange(time) % chunk))
     torch.testing.assert_close(state.keys, turned.transpose(1, 2))  # the cache holds keys turned to j mod s
 
 

@@ -4,6 +4,7 @@ A mixer that is added to the family is tested here without a change.
 """
 
 import math
+import re
 from dataclasses import replace
 from typing import Literal, get_args, get_origin
 
@@ -23,6 +24,7 @@ MORE = [
     "gqa:kv_heads=1:head_dim=6",
     "gqa:kv_heads=2:out_bias=true",
     "mha:heads=2",
+    "dca:chunk=3:original=5:kv_heads=2",
     "gqa:window=3",
     "gqa:window=4:kv_heads=2",
     "gqa:window=3:global_tokens=2:sinks=true",
@@ -317,6 +319,12 @@ def model(spec: str, position: str, **given) -> LanguageModel:
     return made
 
 
+def fitting(position: str, spec: str) -> str:
+    """t5's table has a column a head."""
+    heads = re.search(":heads=([0-9]+)", spec)
+    return f"t5:heads={heads[1]}" if position == "t5" and heads else position
+
+
 every_position = pytest.mark.parametrize("position", POSITIONS)
 LENGTHS = [[5, 1, 2, 7], [1, 8, 4, 2]]
 
@@ -325,7 +333,7 @@ LENGTHS = [[5, 1, 2, 7], [1, 8, 4, 2]]
 @every_position
 @torch.no_grad()
 def test_packed_documents_equal_each_alone(spec, position):
-    made = model(spec, position)
+    made = model(spec, fitting(position, spec))
     tokens = torch.randint(VOCAB, (2, 15), generator=torch.Generator().manual_seed(4))
     documents = torch.stack([torch.repeat_interleave(torch.tensor([3, 9, 4, 5]), torch.tensor(row)) for row in LENGTHS])
     logits = made(tokens, documents=documents)
@@ -340,7 +348,7 @@ def test_packed_documents_equal_each_alone(spec, position):
 @every_position
 @torch.no_grad()
 def test_a_model_decodes_what_it_scores(spec, position):
-    made = model(spec, position, softcap=2.0)
+    made = model(spec, fitting(position, spec), softcap=2.0)
     tokens = torch.randint(VOCAB, (2, 15), generator=torch.Generator().manual_seed(5))
     whole = made(tokens)
     for lengths in ([15], [1] * 15, [6, 1, 1, 7]):

@@ -1,0 +1,50 @@
+"""Commands that read a checkpoint, change its model and write it to a folder of its own."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import find
+from models.config import Parser
+from models.language_model import LanguageModel
+from models.weights import load_model, save_model
+
+
+def command(argv: list[str] | None, name: str, doc: str, flags: Callable[[Parser], None],
+            change: Callable[[LanguageModel, argparse.Namespace], LanguageModel]) -> int:  # fmt: skip
+    """Read a checkpoint, change its model, write it to a folder with its tokenizer. 2 after a mistake, told in one line."""
+    parser = Parser(prog=f"python -m models.{name}", description=doc.splitlines()[0])
+    parser.add_argument("checkpoint", help="a run, a checkpoint or a published model")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the new model goes; must not exist yet")
+    flags(parser)
+    args = parser.parse_args(argv)
+    try:
+        folder, out = find(Path(args.checkpoint)), Path(args.out)
+        if out.exists():
+            raise ValueError(f"out: {args.out!r} exists already")
+        model = load_model(folder).eval()
+        made = change(model, args)
+        tokens = torch.randint(model.config.vocab_size, (1, min(model.config.seq_len, 64)))
+        with torch.inference_mode():
+            before, after = model(tokens), made(tokens)
+        out.mkdir(parents=True)
+        save_model(made, out)
+        copy_tokenizer(folder, out)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}: {made.config.norm}, width {made.config.dim} (was {model.config.norm}, {model.config.dim}); "
+          f"of logits up to {before.abs().max():.3g} none moved by more than {(after - before).abs().max():.1g}")  # fmt: skip
+    return 0
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for path in source.glob("*"):
+        if path.name == "tokenizer" and path.is_dir():
+            shutil.copytree(path, target / path.name)
+        elif path.name.startswith(("tokenizer", "vocab", "merges")):
+            shutil.copy(path, target)
