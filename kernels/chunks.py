@@ -71,7 +71,7 @@ class Chunks:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float):
-        (B, self.T, self.H, V), self.G = v.shape, q.shape[2]
+        (self.T, self.H), self.G = v.shape[1:3], q.shape[2]
         self.scale, self.wide = scale, torch.promote_types(v.dtype, torch.float32)
         self.gate = 0 if g is None else g.ndim - 2
         L = self.L = chunk_length(self.T, self.gate)

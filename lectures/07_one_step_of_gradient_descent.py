@@ -147,7 +147,8 @@ G = p[d] * A[:d, :d]
 inverse = torch.linalg.inv(S)
 to_inverse, to_identity = (((G * M).sum() / (G.norm() * M.norm())).item() for M in (inverse, identity))
 shaped_eta = ((G * inverse).sum() / inverse.square().sum()).item()
-print(f"eigenvalues of S from {0.7**2:.2f} to {1.5**2:.2f}: cosine of G to S^-1 {to_inverse:.4f}, to the identity {to_identity:.4f}")
+print(f"eigenvalues of S from {0.7**2:.2f} to {1.5**2:.2f}")
+print(f"cosine of G to S^-1 {to_inverse:.4f}, to the identity {to_identity:.4f}")
 print(f"its eta: {shaped_eta:.5f}, by theory {eta:.5f}")
 assert to_inverse > 0.99 > to_identity + 0.02 and abs(shaped_eta / eta - 1) < 0.05
 

@@ -36,7 +36,7 @@ from nn.linear import decode_in_half
 CPU = torch.device("cpu")
 SHAPE = dict(
     model="gpt2", depth=4, heads=4, dim=256, vocab_size=4096, seq_len=256, batch_size=16,
-    ffn="mlp:bias=true",  # the exact GELU, as in nanoGPT; the preset has GPT-2's approximation, which takes a CPU four times as long
+    ffn="mlp:bias=true",  # the exact GELU, as in nanoGPT; the preset's approximation takes a CPU four times as long
 )  # fmt: skip
 TARGET = 1.92  # bits per byte
 

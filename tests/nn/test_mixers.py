@@ -96,7 +96,8 @@ def reads_x(mixer: nn.Module) -> bool:
 def mixes(mixer: nn.Module) -> bool:
     """Whether tokens meet in it at all."""
     x = numbers(BATCH, TIME, DIM)
-    return not torch.equal(mixer(x, context(TIME))[:, 1:], mixer(with_other_token(x, context(TIME), 0)[0], context(TIME))[:, 1:])
+    other, _ = with_other_token(x, context(TIME), 0)
+    return not torch.equal(mixer(x, context(TIME))[:, 1:], mixer(other, context(TIME))[:, 1:])
 
 
 def tolerance(dtype: torch.dtype) -> dict:
