@@ -21,7 +21,8 @@ import torch
 
 from data import Tokenizer, load, load_tokenizer, windows
 from data.passkey import passkey
-from models import LanguageModel
+from data.tokens import Tokens
+from models import Config, LanguageModel
 from models.checkpoint import find
 from models.config import Parser
 from models.generate import Sampler, generate
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def bpb(args, folder: Path, model: LanguageModel) -> int:
     """Print bits per byte over the validation text."""
     tokenizer, config = tokenizer_of(folder, args.tokenizer), read_config(folder)
-    _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
+    validation = validation_text(args, config, tokenizer)
     seq_len = args.seq_len or config.seq_len
     batches = windows(validation, batch_size=args.batch_size, seq_len=seq_len, limit=args.tokens or None)
     batches = posed(batches, build(config.objective, OBJECTIVES, "objective"), tokenizer.vocab_size)
@@ -103,7 +104,7 @@ def speed(args, folder: Path, model: LanguageModel) -> int:
 def length(args, folder: Path, model: LanguageModel) -> int:
     """Print bits per byte at multiples of the trained length, and the loss of the last tokens of each."""
     tokenizer, config = tokenizer_of(folder, args.tokenizer), read_config(folder)
-    _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
+    validation = validation_text(args, config, tokenizer)
     print(f"{'tokens':>8} {'bits per byte':>14} {'loss of the last eighth':>24}")
     for multiple in numbers(args.multiples, "multiples"):
         seq_len = int(multiple * config.seq_len)
@@ -141,7 +142,7 @@ def passkeys(args, folder: Path, model: LanguageModel) -> int:
 def layers(args, folder: Path, model: LanguageModel) -> int:
     """Print for each layer what the loss rises by without it, how far it turns the stream, and the variance after it."""
     tokenizer, config = tokenizer_of(folder, args.tokenizer), read_config(folder)
-    _, validation = load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)
+    validation = validation_text(args, config, tokenizer)
     batch = next(iter(posed(windows(validation, batch_size=args.batch_size, seq_len=config.seq_len),
                             build(config.objective, OBJECTIVES, "objective"), tokenizer.vocab_size)))  # fmt: skip
     print(f"{'layer':>5} {'skipped, nats':>14} {'angle / pi':>11} {'variance':>10}")
@@ -184,6 +185,11 @@ def export_published(args, folder: Path, model: LanguageModel) -> int:
     return 0
 
 
+def validation_text(args, config: Config, tokenizer: Tokenizer) -> Tokens:
+    """The validation text that --data and --val-data name, or else that of the run."""
+    return load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)[1]
+
+
 def tokenizer_of(folder: Path, spec: str) -> Tokenizer:
     """The tokenizer that `--tokenizer` names, or else the one that lies with the model."""
     if spec:
@@ -210,9 +216,12 @@ def parse(argv: list[str] | None):
     def number(parser: Parser, flag: str, default, help: str) -> None:
         parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"{help} [{default}]")
 
+    def text(parser: Parser) -> None:
+        parser.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
+        parser.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+
     p = command("bpb", bpb)
-    p.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
-    p.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+    text(p)
     number(p, "--seq-len", 0, "tokens a window (0: that of the training)")
     number(p, "--tokens", 0, "how many, spread over the text (0: all)")
     number(p, "--batch-size", 16, "windows at once")
@@ -234,8 +243,7 @@ def parse(argv: list[str] | None):
 
     p = command("length", length)
     p.add_argument("--multiples", default="1,2,4,8", metavar="N,N", help="of the training length [1,2,4,8]")
-    p.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
-    p.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+    text(p)
     number(p, "--tokens", 32768, "how many, spread over the text (0: all)")
     number(p, "--batch-size", 4, "windows at once")
 
@@ -247,8 +255,7 @@ def parse(argv: list[str] | None):
     number(p, "--seed", 0, "of the numbers")
 
     p = command("layers", layers)
-    p.add_argument("--data", default="", metavar="…", help="the text, as for train.py [that of the run]")
-    p.add_argument("--val-data", default="", metavar="…", help="judge on all of this instead")
+    text(p)
     number(p, "--batch-size", 16, "windows to look at")
 
     p = command("maps", maps)
