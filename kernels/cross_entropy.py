@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, apply, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import INTERPRETED, apply, launch, on_triton, power_of_2, tanh, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in float32, which stays in its caches
@@ -50,16 +50,6 @@ def reference_backward(grads, logits, targets, *, ignore_index=-100, label_smoot
             dz[n] += dlosses[n] * ((1 + 2 * z_loss * lse[n]) * p[n] - label_smoothing / V)
             dz[n, target] -= dlosses[n] * (1 - label_smoothing)
     return dict(logits=dz * (1 - (z / softcap) ** 2) if softcap else dz)
-
-
-@triton.jit
-def tanh(x):
-    """Without overflow far from zero, and near it by its series, where the difference of exponentials has few digits."""
-    small = tl.exp(-2 * tl.abs(x))
-    far = tl.where(x < 0, -1.0, 1.0) * (1 - small) / (1 + small)
-    s = x * x
-    near = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
-    return tl.where(s < 0.04, near, far)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import dot, launch, narrow, on_triton, power_of_2, programs, tanh, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, require
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -46,14 +46,6 @@ def reference(q, k, v, lengths, *, window=None, softcap=0.0, sinks=None, scale=N
                 p = np.exp(s - highest)
                 y[b, h, t] = p @ v[b, h // (H // K), start:end] / (p.sum() + np.exp(sink - highest))
     return y
-
-
-@triton.jit
-def tanh(x):
-    """Near 0 the series, where 1 - 2 / (e^2x + 1) would cancel."""
-    x2 = x * x
-    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835 - x2 * (1382 / 155925))))))
-    return tl.where(tl.abs(x) < 0.35, series, 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import apply, launch, on_triton, power_of_2, tanh, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE_ON_CPU = 2**22  # logits of one slice: 16 MB in float32, which a CPU's last cache holds …
@@ -91,13 +91,6 @@ def loss_kernel(
                 z = softcap * capped
             d = (1 + 2 * z_loss * lse) * tl.exp(z - lse) - smoothing / V - tl.where(columns == target, 1 - smoothing, 0.0)
             tl.store(logits + columns, tl.where(counts, d * slope, 0.0), columns < V)
-
-
-@triton.jit
-def tanh(x):
-    """Without overflow: from exp of a number that is not positive."""
-    small = tl.exp(-2 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1 - small) / (1 + small)
 
 
 def slices(x: Tensor, head: Tensor) -> list[slice]:
@@ -236,7 +229,7 @@ def linear_cross_entropy(
     require(0 <= label_smoothing < 1, "label_smoothing", f"in [0, 1), not {label_smoothing}")
     require(z_loss >= 0, "z_loss", f"at least 0, not {z_loss}")
     require(reduction in ("sum", "none"), "reduction", f"sum or none, not {reduction!r}")
-    x, options = x.contiguous(), (ignore_index, softcap, label_smoothing, z_loss)
+    x, targets, options = x.contiguous(), targets.contiguous(), (ignore_index, softcap, label_smoothing, z_loss)
     if reduction == "none":
         return apply(LinearCrossEntropy, x, head, targets, options)
     needed = torch.is_grad_enabled() and (x.requires_grad or head.requires_grad)

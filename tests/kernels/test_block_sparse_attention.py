@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.block_sparse_attention import bigbird_mask, block_sparse_attention, forward_by_rows, longformer_mask
+from kernels.launch import use
+from tests.kernels.contract import interpreted
 
 
 def tensors(T=96, heads=2, D=8, dtype=torch.float64, seed=0):
@@ -107,3 +109,16 @@ def test_more_queries_than_tokens_cannot_be_causal():
 def test_masks_name_what_does_not_fit(call):
     with pytest.raises(ValueError, match=f"^{next(iter(call))}: "):
         bigbird_mask(64, 16, **call)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=interpreted)])
+def test_a_single_token(path):
+    """It sees itself alone: the output is its value, and no query or key can change that."""
+    q, k, v, dy = (torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with use(path):
+        y = block_sparse_attention(q, k, v, torch.ones(1, 1, 1, dtype=torch.bool), block=16, causal=True)
+        dq, dk, dv = torch.autograd.grad(y, (q, k, v), dy)
+    torch.testing.assert_close(y, v)
+    torch.testing.assert_close(dv, dy)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5

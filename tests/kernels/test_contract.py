@@ -36,12 +36,16 @@ def draw_from(data) -> Draw:
 @pytest.mark.parametrize("dtype", DTYPES)
 @interpreted
 def test_triton(name, dtype):
-    @quick(8)
+    """Every layout with a seeded draw, then what hypothesis finds."""
+
+    @quick(4)
     @given(st.data(), st.sampled_from(LAYOUTS))
     def run(data, layout):
         check(SPECS[name], SPECS[name].inputs(draw_from(data)), DTYPES[dtype], "triton", layout)
 
     if DTYPES[dtype] in SPECS[name].dtypes:
+        for seed, layout in enumerate(LAYOUTS * 2):
+            check(SPECS[name], SPECS[name].inputs(seeded(seed)), DTYPES[dtype], "triton", layout)
         run()
 
 
