@@ -264,7 +264,7 @@ class Activation(torch.autograd.Function):
             kept = F.relu(x)
             ctx.positive = scale is not None or x.element_size() < 4  # then a CPU keeps this sooner than it computes it twice
             if scale is not None:
-                y = torch.addcmul(bias.to(x.dtype), kept * scale, kept)
+                y = torch.addcmul(bias.to(x.dtype), kept * scale, kept).to(x.dtype)  # of no axes it would take that of scale
             else:
                 y = kept * kept if ctx.positive else kept.mul_(kept)
             kept = kept if ctx.positive else x

@@ -139,3 +139,10 @@ def test_relu2_keeps_nothing_of_what_a_gradient_overwrites():
         y.backward(torch.ones_like(y))
         assert torch.equal(values.detach(), start) and torch.equal(y.detach(), before)
         torch.testing.assert_close(values.grad, 2 * F.relu(start))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_of_no_axes_keeps_its_dtype(dtype):
+    """Beside a scale of no axes either, PyTorch would widen it."""
+    y = activate(torch.tensor(-2.0, dtype=dtype), activation="star_relu")
+    assert y.shape == () and y.dtype == dtype and y.item() == pytest.approx(-0.4472, abs=1e-2)
