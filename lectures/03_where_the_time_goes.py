@@ -87,6 +87,8 @@ assert round(mfu, 3) == 0.462
 # - The loss makes its gradients in the *forward* pass (`nn/objective/next_token.py`), so as never to hold all logits.
 #   The head's two backward products are therefore counted there.
 #
+# We count in bfloat16, as training does: float32 attention takes a fused kernel on a CPU that PyTorch's table does not know.
+#
 # The optimizer multiplies too: Muon takes each (rows, columns) matrix through 5 Newton-Schulz steps of 4 m² n + 2 m³
 # FLOPs, m being the smaller side and n the larger. That is once a step, whatever the batch. AdamW multiplies nothing.
 
@@ -95,7 +97,7 @@ assert round(mfu, 3) == 0.462
 def counted(work) -> int:
     """FLOPs of the matrix products in `work()`."""
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * math.prod(a) * b[-1]}  # PyTorch's table lacks it
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.autocast("cpu", torch.bfloat16):
         work()
     return counter.get_total_flops()
 

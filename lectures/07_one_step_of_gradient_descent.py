@@ -122,6 +122,7 @@ LOSSES = {
     "one step, best eta": (eta * torch.einsum("bn,bnd,bd->b", y, x, query) - answer).square().mean().item(),
     "ridge regression": ((ridge_w * query).sum(-1) - answer).square().mean().item(),
 }
+print("mean squared errors on new prompts")
 for name, value in LOSSES.items():
     print(f"  {name:20}{value:8.3f}")
 print(f"  share of the answer that is none of gradient descent: {(rest.var() / found.var()).item():.4f}")
