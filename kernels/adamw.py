@@ -91,11 +91,11 @@ def adamw(
     wide = torch.promote_types(params[0].dtype, torch.float32)
     for name, tensors in (("means", means), ("squares", squares)):
         require(all(t.dtype == wide for t in tensors), name, f"of {wide}")
-    update(params, grads, means, squares, steps, lr, beta1, beta2, eps, weight_decay)
+    traced = params[0].device.type != "meta"  # there a custom operation does nothing, and its launches could not be noted
+    (update if traced else in_place)(params, grads, means, squares, steps, lr, beta1, beta2, eps, weight_decay)
 
 
-@torch.library.custom_op("rosetta::adamw", mutates_args=("params", "means", "squares"))
-def update(
+def in_place(
     params: list[Tensor],
     grads: list[Tensor],
     means: list[Tensor],
@@ -107,10 +107,7 @@ def update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One operation for torch.compile, which cannot look at addresses.
-
-    Both paths go through memory from the first number to the last: what lies otherwise goes through a copy.
-    """
+    """Both paths go through memory from the first number to the last: what lies otherwise goes through a copy."""
     wide = means[0].dtype
     p, m, v = ([t.contiguous() for t in tensors] for tensors in (params, means, squares))
     if on_triton(params[0]):
@@ -124,6 +121,10 @@ def update(
         for original, result in zip(originals, results, strict=True):
             if result is not original:
                 original.copy_(result)
+
+
+# one operation for torch.compile, which cannot look at addresses
+update = torch.library.custom_op("rosetta::adamw", in_place, mutates_args=("params", "means", "squares"))
 
 
 def start_kernel(params, grads, means, squares, steps, lr, beta1, beta2, eps, weight_decay) -> None:

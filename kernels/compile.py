@@ -165,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         constants = " ".join(f"{value}" for _, value in (*launch.constants, *launch.options))
         print(f"{launch.op + '.' + launch.kernel:44}{element:>8}{constants[-42:]:>44}  {report.target:6} {report.registers:5} "
               f"{report.shared:7} {report.spills:6}{'' if report.fits else '  does not fit'}")  # fmt: skip
+    if unseen := [name for name in names or SPECS if not any(report.launch.op == name for report in made)]:
+        print(f"kernels.compile: no launch of {', '.join(unseen)} was noted", file=sys.stderr)
+        return 1
     failed = [report for report in made if not report.fits]
     print(f"{len(made)} compiled, {len(failed)} that spill or ask for too much shared memory")
     return 1 if failed else 0
