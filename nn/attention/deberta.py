@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from nn.attention.cache import KVCache
 from nn.attention.visible import visible
-from nn.checks import at_least
+from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
@@ -46,9 +46,7 @@ class DeBERTa(nn.Module):
         super().__init__()
         at_least(1, heads=heads, head_dim=head_dim)
         at_least(0, absolute=absolute)
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim = heads, width_of_heads(dim, heads, head_dim)
         inner = heads * self.head_dim
         self.relative = getattr(position, "relative", None)  # the function alone: the table is the model's
         self.c2p, self.p2c = (wanted and self.relative is not None for wanted in (c2p, p2c))

@@ -9,7 +9,7 @@ from kernels.rmsnorm import rms_norm
 from nn.attention.cache import KVCache, WindowCache
 from nn.attention.documents import document_spans
 from nn.attention.visible import visible
-from nn.checks import at_least
+from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
@@ -74,9 +74,7 @@ class GQA(nn.Module):
         kv_heads = kv_heads or heads
         if heads % kv_heads:
             raise ValueError(f"kv_heads: {heads} query heads cannot be shared among {kv_heads} key/value heads evenly")
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or dim // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width_of_heads(dim, heads, head_dim)
         self.window, self.global_tokens, self.softcap = window, global_tokens, softcap
         self.scale = (self.head_dim**-0.5 if scale is None else scale) / temperature
         position = position or NoPosition()

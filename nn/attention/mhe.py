@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nn.attention.attend import Attend
 from nn.attention.cache import KVCache
-from nn.checks import at_least
+from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
@@ -43,9 +43,7 @@ class MHE(nn.Module):
         at_least(1, heads=heads, head_dim=head_dim)
         if kind not in ("add", "mul"):
             raise ValueError(f"kind: add or mul, not {kind!r}")
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
-        self.heads, self.head_dim, self.kind = heads, head_dim or dim // heads, kind
+        self.heads, self.head_dim, self.kind = heads, width_of_heads(dim, heads, head_dim), kind
         self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
         self.attend = Attend(position, heads, self.head_dim**-0.5)
         self.query, self.key, self.value = (Linear(dim, self.head_dim, bias=False) for _ in range(3))

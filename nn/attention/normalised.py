@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from nn.attention.attend import Attend
 from nn.attention.cache import KVCache
 from nn.attention.visible import visible
-from nn.checks import at_least
+from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
@@ -65,9 +65,7 @@ class NormalisedAttention(nn.Module):
             raise ValueError(f"power: {power} is not finite")
         if normaliser in ("sigmoid", "relu") and (power != 1 or offset != 0):
             raise ValueError(f"{'power' if power != 1 else 'offset'}: for softmax and softplus, not for {normaliser}")
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim = heads, width_of_heads(dim, heads, head_dim)
         self.normaliser, self.length_scale, self.power, self.offset = normaliser, length_scale, power, offset
         self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
         self.added = Attend(position, heads, 1.0).added

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from nn.attention.attend import Attend
 from nn.attention.row_cache import RowCache
 from nn.attention.visible import visible
-from nn.checks import at_least
+from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
@@ -41,9 +41,7 @@ class TPA(nn.Module):
         super().__init__()
         at_least(1, heads=heads, head_dim=head_dim, k_rank=k_rank, v_rank=v_rank)
         at_least(0, q_rank=q_rank)
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads: a dim of {dim} does not divide into {heads} heads; give head_dim or another number")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim = heads, width_of_heads(dim, heads, head_dim)
         self.q_rank, self.k_rank, self.v_rank = q_rank, k_rank, v_rank
         self.rotate = (position or NoPosition()).rotate  # the function alone: the encoding's parameters are the model's
         self.attend = Attend(position, heads, self.head_dim**-0.5)

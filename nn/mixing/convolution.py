@@ -4,15 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.causal_conv1d import causal_conv1d
-from kernels.glu import activate
+from kernels.glu import STAR, activate
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection
 
 # B batch, T time, C model dim, E = expand C inner channels, W taps
-
-STAR_SCALE, STAR_BIAS = 1 / math.sqrt(1.25), -0.5 / math.sqrt(1.25)  # relu(x)^2 of normal x has mean 1/2, variance 5/4
-
 
 class ConvMixer(nn.Module):
     """Inverted separable convolution: y = W_down conv(star_relu(W_up x)), conv depthwise over the last W tokens.
@@ -34,8 +31,7 @@ class ConvMixer(nn.Module):
             raise ValueError(f"width: 2 to 8 taps, not {width}")
         self.inner, self.width = expand * dim, width
         self.up = Linear(dim, self.inner, bias=False)
-        self.star_scale = nn.Parameter(torch.tensor([STAR_SCALE]))
-        self.star_bias = nn.Parameter(torch.tensor([STAR_BIAS]))
+        self.star_scale, self.star_bias = (nn.Parameter(torch.tensor([value])) for value in STAR)
         self.taps = nn.Parameter(torch.empty(self.inner, width).uniform_(-1, 1) / math.sqrt(width))
         self.down = output_projection(self.inner, dim)
 
