@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decode_attention import together
-from kernels.launch import apply, architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import Function, apply, architecture, dot, launch, narrow, on_triton, power_of_2, programs, tl, triton
 from kernels.query_blocks import torch_backward, torch_forward
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -458,7 +458,7 @@ def triton_backward(q, k, v, slopes, low, high, y, base, dy, dlse, causal, windo
     return dq, dk, dv, delta
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, slopes, low, high, options: tuple, with_lse: bool):
         ctx.set_materialize_grads(False)

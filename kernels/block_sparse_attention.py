@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import apply, architecture, dot, launch, narrow, on_triton, power_of_2, tl, triton
+from kernels.launch import Function, apply, architecture, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, require
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -279,7 +279,7 @@ def _(dy, q, k, v, mask, block, causal, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-class BlockSparseAttention(torch.autograd.Function):
+class BlockSparseAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, block: int, causal: bool, scale: float) -> Tensor:
         ctx.options, lse, y = (block, causal, scale), None, None

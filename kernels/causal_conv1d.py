@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, programs, tl, triton
+from kernels.launch import Function, apply, launch, on_triton, power_of_2, programs, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, C channels, W taps
@@ -213,7 +213,7 @@ def belongs(runs: Tensor, W: int) -> Tensor:
     return (padded[:, -(W - 1) :] == runs[:, -1:]).unsqueeze(-1)
 
 
-class CausalConv1d(torch.autograd.Function):
+class CausalConv1d(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, runs: Tensor | None, silu: bool):
         (B, T, C), W = x.shape, weight.shape[1]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, apply, launch, on_triton, power_of_2, tanh, tl, triton
+from kernels.launch import INTERPRETED, Function, apply, launch, on_triton, power_of_2, tanh, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in float32, which stays in its caches
@@ -189,7 +189,7 @@ def _(logits, targets, lse, dlosses, dlse, ignore_index, smoothing, z_loss, soft
     return logits.new_empty(logits.shape)
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int, smoothing: float, z_loss: float, softcap: float):
         ctx.options = ignore_index, smoothing, z_loss, softcap

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import Function, apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -214,7 +214,7 @@ def pull_back(d: Tensor, x: Tensor, activation: str, out: Tensor) -> None:
         aten.gelu_backward.grad_input(d, x, approximate=approximate, grad_input=out)
 
 
-class GLU(torch.autograd.Function):
+class GLU(Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor | None, activation: str):
         ctx.packed, ctx.activation = up is None, activation
@@ -249,7 +249,7 @@ class GLU(torch.autograd.Function):
         return (torch.cat((dgate, dup), -1), None, None) if ctx.packed else (dgate, dup, None)
 
 
-class Activation(torch.autograd.Function):
+class Activation(Function):
     """f(x); with scale and bias, of one number each, scale f(x) + bias, where f is relu2."""
 
     @staticmethod

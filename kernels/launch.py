@@ -1,6 +1,7 @@
 """What every kernel file stands on: Triton where it is installed, which path an op takes, and how a kernel is started."""
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,31 @@ def on_triton(x: Tensor) -> bool:
     return _path == "triton"
 
 
+def viewed(forward: Callable) -> Callable:
+    """A forward pass that gives views of what it made."""
+
+    def views(ctx, *args):
+        outputs = forward(ctx, *args)
+        if isinstance(outputs, Tensor):
+            return outputs.view_as(outputs)
+        return tuple(output if output is None else output.view_as(output) for output in outputs)
+
+    return views
+
+
+class Function(torch.autograd.Function):
+    """A `torch.autograd.Function` that PyTorch 2.11 compiles rightly too.
+
+    That version gives no gradient through a forward pass whose output an in-place operation, or a conversion that changed
+    nothing, has touched (its issue 180642, mended in 2.12); a view of the output is not affected.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if torch.__version__.startswith("2.11."):
+            cls.forward = staticmethod(viewed(cls.forward))
+
+
 class Forgetful:
     """The context of a forward pass that no backward pass follows."""
 
@@ -43,7 +69,7 @@ class Forgetful:
         pass
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[Function], *args: Any) -> Any:
     """`function.apply`, or its forward pass alone where no gradient is asked for: a step of decoding is many small ops."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return function.apply(*args)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, apply, launch, on_triton, programs, row_tiles, tl, triton
+from kernels.launch import INTERPRETED, Function, apply, launch, on_triton, programs, row_tiles, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -154,7 +154,7 @@ def parameters_kernel(dy, x, mean, rstd, dweight, dbias, N, C, ROWS: tl.constexp
         tl.store(dbias + at, biases, columns < C)
 
 
-class LayerNorm(torch.autograd.Function):
+class LayerNorm(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
         C = x.shape[-1]

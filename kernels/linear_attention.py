@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.chunks import Chunks, chunk_length
-from kernels.launch import apply, dot, launch, narrow, on_triton, power_of_2, tl, triton
+from kernels.launch import Function, apply, dot, launch, narrow, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, H heads, G groups of heads that share q and k, D key width, V value width, L times of a chunk, n chunks
@@ -410,7 +410,7 @@ def tiles(q: Tensor, v: Tensor, gate: int) -> dict:
     return dict(GATE=gate, L=L, BD=BD, BV=BV, num_warps=8, num_stages=1, maxnreg=255)
 
 
-class LinearAttention(torch.autograd.Function):
+class LinearAttention(Function):
     @staticmethod
     def forward(ctx, q, k, v, g, initial, runs, scale):
         (B, T, H, V), (G, D) = v.shape, q.shape[2:]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, tanh, tl, triton
+from kernels.launch import Function, apply, launch, on_triton, power_of_2, tanh, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 SLICE_ON_CPU = 2**22  # logits of one slice: 16 MB in float32, which a CPU's last cache holds …
@@ -153,7 +153,7 @@ def gradients(x: Tensor, matrix: Tensor, ignored: Tensor, d: Tensor, dx: Tensor,
     dhead.addmm_(d.mT, x) if dhead.dtype == x.dtype else dhead.add_(d.mT @ x)
 
 
-class LinearCrossEntropySum(torch.autograd.Function):
+class LinearCrossEntropySum(Function):
     """The sum over all tokens. Its gradients are made with the loss; the backward pass only scales them."""
 
     @staticmethod
@@ -176,7 +176,7 @@ class LinearCrossEntropySum(torch.autograd.Function):
         return dx * grad, (dhead * grad).to(ctx.dtype), None, None, None
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(Function):
     """A loss a token. What the tokens are multiplied by is only known later: the logits are made again in the backward pass."""
 
     @staticmethod

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, apply, launch, on_triton, programs, row_tiles, tl, triton
+from kernels.launch import INTERPRETED, Function, apply, launch, on_triton, programs, row_tiles, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -133,7 +133,7 @@ def weight_kernel(dy, h, rstd, dweight, N, C, ROWS: tl.constexpr, BLOCK: tl.cons
     tl.store(dweight + tl.program_id(1) * C + columns, sums, columns < C)
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNorm(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, offset: float):
         C = x.shape[-1]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import Function, apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, H heads, D head dim, R coordinates that are turned
@@ -106,7 +106,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -
     return y if D == 2 * half else torch.cat((y, x[..., 2 * half :]), -1)
 
 
-class RoPE(torch.autograd.Function):
+class RoPE(Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool):
         ctx.save_for_backward(cos, sin)

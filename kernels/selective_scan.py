@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import apply, launch, on_triton, power_of_2, tl, triton
+from kernels.launch import Function, apply, launch, on_triton, power_of_2, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # B batch, T time, D channels, N state, K times of a chunk
@@ -330,7 +330,7 @@ def blocks_of(D: int, N: int, T: int) -> dict:
     return dict(K=32 if T > 64 else 8, BD=min(power_of_2(D), max(1, 512 // NP)), NP=NP, num_warps=2)
 
 
-class SelectiveScan(torch.autograd.Function):
+class SelectiveScan(Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial, keep, softplus):
         (batch, T, DS), N = u.shape, A.shape[1]
