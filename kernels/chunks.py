@@ -200,3 +200,31 @@ class Chunks:
             dg = whole(pairs + since(self.q * dq) + before(self.k * dk) + kept, self.T).contiguous()
         dq, dk = (whole(x, self.T).contiguous() for x in (dq + dq_pairs, dk + dk_pairs))
         return dq, dk, self.out(dv), dg, self.to_heads(dinitial)
+
+
+@torch.library.custom_op("rosetta::linear_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, runs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the states that the chunks begin with, and the last state."""
+    return Chunks(q, k, v, g, runs, scale).forward(initial)
+
+
+@attend.register_fake
+def _(q, k, v, g, initial, runs, scale):
+    (B, T, H, V), (G, D) = v.shape, q.shape[2:]
+    L = chunk_length(T, 0 if g is None else g.ndim - 2)
+    return initial.new_empty(v.shape), initial.new_empty(B, G, -(-T // L), D, H // G * V), torch.empty_like(initial)
+
+
+@torch.library.custom_op("rosetta::linear_attention_backward", mutates_args=())
+def attend_backward(
+    do: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, states: Tensor, runs: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g (of no shape without it) and the initial state."""
+    return Chunks(q, k, v, g, runs, scale).backward(do, dS, states)
+
+
+@attend_backward.register_fake
+def _(do, dS, q, k, v, g, states, runs, scale):
+    return *(states.new_empty(x.shape) for x in (q, k, v)), states.new_empty(() if g is None else g.shape), torch.empty_like(dS)

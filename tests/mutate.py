@@ -6,8 +6,9 @@
 
 A mutant differs from the file in one operator, comparison, constant, index, axis or mask. It is caught if the contract
 (a few draws of every path and dtype, finite differences) or tests/kernels/test_<file>.py fails on it, or if it cannot be
-run at all. One that is not caught but gives the same bits as the original, forward and backward, on all of forty further
-draws does not change what the op does (a block size, say) and does not count. Printed: caught of those that count.
+run at all; a file without a SPEC is held to those of the ops made of it. One that is not caught but gives the same bits as
+the original, forward and backward, on all of forty further draws does not change what the op does (a block size, say) and
+does not count. Printed: caught of those that count.
 
 What is not mutated: docstrings, error messages, and the parts of a file that are themselves instruments of the tests:
 its SPECs and the functions that are their `pytorch`, `inputs` and `cost`.
@@ -17,11 +18,13 @@ import ast
 import importlib.util
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -37,10 +40,13 @@ from kernels.spec import Spec
 from tests.kernels.contract import LAYOUTS, arguments, check, check_finite_differences, check_reference, evaluate, seeded
 
 ROOT = Path(__file__).parents[1]
+FOUNDATIONS = ("__init__", "launch", "spec", "compile", "bench")  # what all stand on, or no operation
+STEMS = [path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if path.stem not in FOUNDATIONS]
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*",
-             ast.MatMult: "*", ast.BitAnd: "|", ast.BitOr: "&", ast.LShift: ">>", ast.RShift: "<<"}  # fmt: skip
+             ast.MatMult: "*", ast.BitAnd: "|", ast.BitOr: "&", ast.BitXor: "&",
+             ast.LShift: ">>", ast.RShift: "<<"}  # fmt: skip
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
-SECONDS = 60  # of processor time: a mutant that takes more hangs, and is caught
+SECONDS = 180  # of processor time: a mutant that takes more hangs, and is caught
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,26 @@ def specs_of(stem: str) -> dict[str, str]:
     module = sys.modules.get(f"kernels.{stem}")
     places = [(place, value) for place, value in vars(module).items() if isinstance(value, Spec)] if module else []
     return {name: place for name, spec in kernels.SPECS.items() for place, value in places if spec is value}
+
+
+def imports(stem: str) -> list[str]:
+    """The files of kernels/ that kernels/<stem>.py imports."""
+    return re.findall(r"^from kernels\.(\w+) import", (ROOT / "kernels" / f"{stem}.py").read_text(), re.MULTILINE)
+
+
+def users(stem: str) -> list[str]:
+    """kernels/<stem>.py and the files that are made of it, each after those it imports."""
+    order = TopologicalSorter({name: imports(name) for name in STEMS}).static_order()
+    found = [stem]
+    for name in order:
+        if name in STEMS and name != stem and set(found) & set(imports(name)):
+            found.append(name)
+    return found
+
+
+def judged_by(stem: str) -> list[str]:
+    """The names of the SPECs that a mutant of the file is held to: its own, or those of its users."""
+    return list(specs_of(stem)) or [name for user in users(stem) for name in specs_of(user)]
 
 
 def instruments(stem: str) -> set[str]:
@@ -110,17 +136,21 @@ def walk(node: ast.AST, leave: set[str]) -> Iterator[ast.AST]:
 
 
 def load(name: str, source: str, folder: str) -> list[Spec]:
-    """Put this source in the place of kernels/<name>.py and give its SPECs. Triton reads it from a file again."""
-    places = specs_of(name)
-    path = Path(folder) / f"{name}.py"
-    path.write_text(source)
-    specification = importlib.util.spec_from_file_location(f"kernels.{name}", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[f"kernels.{name}"] = module
-    specification.loader.exec_module(module)
-    setattr(kernels, name, module)
-    kernels.SPECS.update({registered: getattr(module, place) for registered, place in places.items()})
-    return [kernels.SPECS[registered] for registered in places]
+    """Put this source in the place of kernels/<name>.py and give the SPECs it is held to. Triton reads it from a file again."""
+    judges = judged_by(name)
+    for stem in users(name):
+        places = specs_of(stem)
+        path = ROOT / "kernels" / f"{stem}.py"
+        if stem == name:
+            path = Path(folder) / f"{name}.py"
+            path.write_text(source)
+        specification = importlib.util.spec_from_file_location(f"kernels.{stem}", path)
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[f"kernels.{stem}"] = module
+        specification.loader.exec_module(module)
+        setattr(kernels, stem, module)
+        kernels.SPECS.update({registered: getattr(module, place) for registered, place in places.items()})
+    return [kernels.SPECS[judge] for judge in judges]
 
 
 def contract(spec: Spec) -> None:
@@ -167,8 +197,10 @@ def verdict(name: str, mutant: Mutant, original: list[bytes]) -> str:
                 specs = load(name, mutant.source, folder)
                 for spec in specs:
                     contract(spec)
-                own = ROOT / "tests" / "kernels" / f"test_{name}.py"
-                failed = own.exists() and pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(own)]) != 0
+                stems = [name] if specs_of(name) else users(name)
+                paths = [ROOT / "tests" / "kernels" / f"test_{stem}{kind}.py" for stem in stems for kind in ("", "_kernel")]
+                own = [str(path) for path in paths if path.exists()]
+                failed = own and pytest.main(["-x", "-q", "-p", "no:cacheprovider", *own]) != 0
                 if not failed:
                     answer = b"same" if [b for spec in specs for b in bits(spec)] == original else b"survived"
         except BaseException:  # any failure is what the tests are for
@@ -190,16 +222,15 @@ def main(argv: list[str]) -> int:
         if not sample or not sample[0].isdigit():
             print("mutate: --sample takes a number of mutants", file=sys.stderr)
             return 2
-    files = list(dict.fromkeys(spec.op.__module__.removeprefix("kernels.") for spec in kernels.SPECS.values()))
-    paths = [Path(a) for a in argv if a != "--show"] or [ROOT / "kernels" / f"{stem}.py" for stem in files]
-    if unknown := [path for path in paths if path.stem not in files]:
-        print(f"mutate: {unknown[0]} is no kernel file with a SPEC; there are {', '.join(files)}", file=sys.stderr)
+    paths = [Path(a) for a in argv if a != "--show"] or [ROOT / "kernels" / f"{stem}.py" for stem in STEMS]
+    if unknown := [path for path in paths if path.stem not in STEMS]:
+        print(f"mutate: {unknown[0]} is no file that a SPEC is made of; there are {', '.join(STEMS)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     totals = {"caught": 0, "survived": 0, "same": 0}
     for path in paths:
         source, counts = path.read_text(), dict.fromkeys(totals, 0)
-        original = [b for name in specs_of(path.stem) for b in bits(kernels.SPECS[name])]
+        original = [b for name in judged_by(path.stem) for b in bits(kernels.SPECS[name])]
         if verdict(path.stem, Mutant(0, "", "", source), original) != "same":
             print(f"mutate: {path.name} does not pass its tests as it is, or not in {SECONDS} seconds", file=sys.stderr)
             return 2

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from kernels.attention import spans
+from kernels.intervals import spans
 from nn.context import Context
 
 

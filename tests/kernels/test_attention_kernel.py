@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention, document_ids, merge, spans
+from kernels.attention import attention, merge
+from kernels.intervals import document_ids, spans
 from kernels.launch import TRITON, use
 
 interpreted = pytest.mark.skipif(not TRITON or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
