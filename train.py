@@ -23,6 +23,7 @@ from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tenso
 from models.config import Parser, add_flags
 from models.describe import forward_flops
 from models.generate import Sampler, generate
+from models.heads import HEADS
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
 from models.score import bits_per_byte, posed
@@ -36,7 +37,7 @@ from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_parameters, unflatten_state
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
-FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "init": INITS,
+FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
             "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
 
 

@@ -9,6 +9,8 @@
     token_files  files of ids written elsewhere
     tokens       text as a memory-mapped stream of ids; `load` for the whole way
     loader       batches: random windows for training, all windows for evaluation
+    tasks        sequences made by a rule, with answers that are known
+    task_loader  batches of a task
     cache        where all of this is kept, and how it is written whole
 
 The whole way:
@@ -22,19 +24,25 @@ The whole way:
 from data.cache import cache_folder
 from data.corpus import Document, documents, is_validation, python_library, training_documents, validation_documents
 from data.loader import IGNORE, Batch, Loader, windows
+from data.task_loader import TaskLoader, examples
+from data.tasks import TASKS, Task
 from data.token_files import write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, load, tokenize
 
 __all__ = [
     "IGNORE",
+    "TASKS",
     "Batch",
     "Document",
     "Loader",
+    "Task",
+    "TaskLoader",
     "Tokenizer",
     "Tokens",
     "cache_folder",
     "documents",
+    "examples",
     "is_validation",
     "load",
     "load_tokenizer",

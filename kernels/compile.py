@@ -48,6 +48,7 @@ class Launch:
     """One way a kernel is compiled: what the just-in-time compiler would make of one launch's arguments."""
 
     op: str
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
@@ -106,7 +107,7 @@ def describe(op: str, kernel, args: tuple, options: dict) -> Launch:
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             divisible.append(name)
     chosen = tuple((k, v) for k, v in options.items() if k in OPTIONS)
-    return Launch(op, kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), chosen)
+    return Launch(op, kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), chosen)
 
 
 def compiled(launch: Launch, target: str) -> Report:
@@ -115,7 +116,7 @@ def compiled(launch: Launch, target: str) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(sys.modules[SPECS[launch.op].op.__module__], launch.kernel)
+    kernel = getattr(sys.modules[launch.module], launch.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     made = triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=dict(launch.options))

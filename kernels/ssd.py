@@ -19,11 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.chunk_kernels import backward_kernel, output_kernel, states_kernel, values_kernel
 from kernels.linear_attention import linear_attention
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
-
-KERNELS = (states_kernel, output_kernel, values_kernel, backward_kernel)  # what an op of this file starts
 
 # B batch, T time, H heads, P head width, G groups of heads that share B and C, N state
 

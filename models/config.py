@@ -21,7 +21,8 @@ class Config:
     """Everything a run is made of. The fields of the section `model` are set by the preset that `model` names."""
 
     data: str = flag("data", "python",
-                     "what to learn from: python (its standard library), or files, folders, globs, URLs; joined by commas")
+                     "what to learn from: python (its standard library); files, folders, globs, URLs, joined by commas; or a "
+                     "task, task:induction:length=64 (--list task)")
     val_data: str = flag("data", "", "what to validate on (default: a tenth of the documents)")
     tokenizer: str = flag("data", "bpe", "bpe (trained on the data), byte, a path, or the name of a tiktoken encoding")
 
@@ -37,7 +38,10 @@ class Config:
     seq_len: int = flag("model", 0, "tokens a training sequence")
     norm: str = flag("model", "", "normalisation: rmsnorm, layernorm, powernorm, … (--list norm)")
     norm_place: str = flag("model", "pre", "where it stands: before a sublayer, on the residual sum, …", PLACES)
+    embedding_norm: str = flag("model", "none", "a norm of the embeddings; first: which the first sublayer reads as it is",
+                               ("none", "extra", "first"))
     position: str = flag("model", "", "position encoding: none, learned, sinusoidal, rope, alibi, t5, relative")
+    head: str = flag("model", "linear", "what gives the logits: linear, transform (BERT's: dense, activation, norm, bias)")
     tie: bool = flag("model", False, "use the embedding as the output head too")
     embedding_scale: float = flag("model", 1.0, "multiply the embeddings by this")
     softcap: float = flag("model", 0.0, "squash logits into this bound by tanh (0: none)")

@@ -14,19 +14,21 @@ from torch import nn
 
 from models.config import Config, Parser, add_flags
 from models.language_model import LanguageModel
+from nn.objective.next_token import BIAS_COLUMNS
 
 
 def parameters(model: LanguageModel) -> dict[str, int]:
     """Parameters by part; a tied head counts with the embedding. The values sum to the model's parameters."""
     mixers = [s.layer for s in model.stack if s.is_mixer]
     ffns = [s.layer for s in model.stack if not s.is_mixer]
+    norms = [norm for s in model.stack for norm in (s.norm, s.second_norm) if norm is not None]
     parts = {
         "embedding": [model.embedding],
         "position": [model.position],
         f"mixers ({len(mixers)})": mixers,
         f"ffns ({len(ffns)})": ffns,
-        "norms": [*(s.norm for s in model.stack), model.final_norm],
-        "head": [] if model.config.tie else [model.head],
+        "norms": [model.embedding_norm, *norms, model.final_norm, getattr(model.transform, "norm", nn.Identity())],
+        "head": [model.transform, model.head],
     }
     seen, counts = set(), {}
     for name, modules in parts.items():
@@ -35,10 +37,17 @@ def parameters(model: LanguageModel) -> dict[str, int]:
 
 
 def forward_flops(model: LanguageModel, seq_len: int) -> int:
-    """FLOPs of one sequence's forward pass; its backward pass takes twice as many."""
-    linear = sum(2 * m.weight.numel() for m in [*model.stack.modules(), model.head] if isinstance(m, nn.Linear))
+    """FLOPs of one sequence's forward pass."""
+    modules = [*model.stack.modules(), *model.transform.modules(), model.head]
+    linear = sum(2 * m.weight.numel() for m in modules if isinstance(m, nn.Linear))
     mixing = sum(s.layer.mixing_flops(seq_len, seq_len) for s in model.stack if s.is_mixer)
     return linear * seq_len + mixing
+
+
+def training_flops(model: LanguageModel, seq_len: int) -> int:
+    """FLOPs of one sequence's forward and backward pass: three times the forward pass, where a bias of words is columns."""
+    bias = 0 if model.head.bias is None else 2 * BIAS_COLUMNS * model.head.out_features
+    return 3 * (forward_flops(model, seq_len) + bias * seq_len)
 
 
 def state_bytes(model: LanguageModel, seq_len: int, dtype: torch.dtype) -> int:
@@ -82,7 +91,7 @@ def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
         f"{'parameters':28}{total:>18,}",
         "",
         f"{'forward FLOPs a token':28}{flops // seq_len:>18,}",
-        f"{'training FLOPs a token':28}{3 * flops // seq_len:>18,}",
+        f"{'training FLOPs a token':28}{training_flops(model, seq_len) // seq_len:>18,}",
         f"{'decoding state':28}{state:>18,} bytes a sequence, {state / seq_len:,.0f} a token",
         f"{'activations for backward':28}{activations:>18,} bytes a sequence, {activations / seq_len:,.0f} a token",
     ])  # fmt: skip

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from models.config import Config
+from models.heads import HEADS
 from models.residual import Residual, ends_normed, make_sublayer
 from models.stack import SUBLAYERS, layer_numbers, layers, parse_stack
 from nn.context import Context
-from nn.init import INITS
+from nn.init import INITS, own_values
 from nn.linear import Linear
 from nn.norm import NORMS
 from nn.objective import OBJECTIVES, next_token_loss
@@ -45,13 +46,21 @@ class LanguageModel(nn.Module):
         specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         self.specs = specs
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
-        place = dict(norm=config.norm, place=config.norm_place, sublayers=len(specs))
+        place = dict(place=config.norm_place, sublayers=len(specs))
+        if config.embedding_norm == "first" and config.norm_place not in ("pre", "scaled"):
+            raise ValueError(f"embedding_norm: 'first' leaves a norm before a sublayer away; {config.norm_place!r} has none there")
+        norms = [config.norm] * len(specs)
+        norms[:1] = ["none"] if norms and config.embedding_norm == "first" else norms[:1]
+        self.embedding_norm = nn.Identity() if config.embedding_norm == "none" else build(config.norm, NORMS, "norm", dim)
         self.stack = nn.ModuleList(
-            Residual(make_sublayer(spec, SUBLAYERS, dim, **offered), dim, number=number, **place)
-            for spec, number in zip(specs, layer_numbers(specs), strict=True)
+            Residual(make_sublayer(spec, SUBLAYERS, dim, **offered), dim, norm=norm, number=number, **place)
+            for spec, norm, number in zip(specs, norms, layer_numbers(specs), strict=True)
         )
         self.final_norm = nn.Identity() if ends_normed(config.norm_place) else build(config.norm, NORMS, "norm", dim)
-        self.head = Linear(dim, vocab_size, bias=False)
+        self.transform = build(config.head, HEADS, "head", dim=dim, norm=config.norm)
+        self.head = Linear(dim, vocab_size, bias=self.transform.decoder_bias)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
         if config.tie:
             self.head.weight = self.embedding.weight
 
@@ -73,14 +82,16 @@ class LanguageModel(nn.Module):
         context = self.context(tokens, documents, state)
         x = self.embedding(tokens)  # (B, T, C)
         x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
+        x = self.embedding_norm(x)
         for i, sublayer in enumerate(self.stack):
             context.state = state.sublayers[i] if state is not None else None
             x = sublayer(x, context)
         if state is not None:
             state.length += tokens.shape[1]
-        x = self.final_norm(x[:, -1:] if last else x)
+        x = self.transform(self.final_norm(x[:, -1:] if last else x))
         if targets is not None:
-            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), softcap=self.config.softcap)
+            head = dict(bias=self.head.bias, softcap=self.config.softcap)
+            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
         logits = self.head(x)
         return logits if not self.config.softcap else self.config.softcap * torch.tanh(logits / self.config.softcap)
 
@@ -100,13 +111,14 @@ class LanguageModel(nn.Module):
         return Context(tokens, positions, documents, self.causal)
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
-        """Whether the stack is layers of one kind of mixer and one kind of ffn: what published families look like."""
+        """Whether the stack is layers of one kind of mixer, of ffn and of norm: what published families look like."""
         if self.config.stack or len(self.stack) != 2 * self.config.depth or not self.stack:
             return False
-        kinds = zip(self.stack[0::2], self.stack[1::2], strict=True)
-        return isinstance(self.final_norm, norm) and all(
-            isinstance(a.layer, mixer) and isinstance(b.layer, ffn) and isinstance(a.norm, norm) for a, b in kinds
-        )
+        norms = [s.norm for s in self.stack][self.config.embedding_norm == "first" :]
+        norms += [] if ends_normed(self.config.norm_place) else [self.final_norm]
+        return all(
+            isinstance(a.layer, mixer) and isinstance(b.layer, ffn) for a, b in zip(self.stack[0::2], self.stack[1::2], strict=True)
+        ) and all(isinstance(module, norm) for module in norms)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> DecodingState:
         """An empty decoding state with room for `max_len` tokens in each of `batch` sequences."""
@@ -118,5 +130,7 @@ class LanguageModel(nn.Module):
 def build_model(config: Config, *, seed: int = 0) -> LanguageModel:
     """A freshly initialised model on the CPU; the same seed gives the same weights."""
     model = LanguageModel(config)
-    INITS[config.init](model, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    INITS[config.init](model, generator)
+    own_values(model, generator)
     return model

@@ -10,8 +10,9 @@ from tqdm import tqdm
 class Log:
     """Keeps `run`/log.jsonl and shows the run as it goes.
 
-    Two kinds of lines: {"step", "loss", "elapsed", …} for each step and {"step", "bpb", "elapsed"} for each evaluation;
-    loss in nats a token, bpb in bits a byte, elapsed in seconds. A run that goes on after `step` drops what a killed
+    Two kinds of lines: {"step", "loss", "elapsed", …} for each step and {"step", "bpb", "elapsed"} for each evaluation,
+    which of a task has {"accuracy", "complete", "val_loss", "chance"} in place of bpb; losses in nats a token that counts,
+    bpb in bits a byte, accuracies as shares, elapsed in seconds. A run that goes on after `step` drops what a killed
     process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
     """
 
@@ -39,11 +40,12 @@ class Log:
         self.bar.update(0)
 
     def evaluation(self, **record) -> None:
-        """Bits per byte on validation text after a step: step, bpb, elapsed."""
+        """How the model is judged after a step: step, elapsed, and bpb, or of a task accuracy, val_loss and chance."""
         if self.quiet:
             return
         self.file.write(json.dumps(record) + "\n")
-        self.judged = "  {bpb:.3f} bits per byte".format(**record)
+        judged = "  {bpb:.3f} bits per byte" if "bpb" in record else "  {accuracy:.1%} right (chance {chance:.1%})"
+        self.judged = judged.format(**record)
         self.say("step {step:>6}  {elapsed:>6.0f} s".format(**record) + f"{self.judged}  {self.pace}")
 
     def say(self, line: str) -> None:
@@ -70,7 +72,7 @@ def read(path: Path) -> list[dict]:
 
 
 def draw_curve(path: Path, picture: Path) -> None:
-    """Loss and bits per byte over the steps of a log, as a PNG."""
+    """Loss and bits per byte, or the accuracy of a task, over the steps of a log, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,14 +80,19 @@ def draw_curve(path: Path, picture: Path) -> None:
 
     records = read(path)
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    scores = [(r["step"], r["bpb"]) for r in records if "loss" not in r]
+    judged = [r for r in records if "loss" not in r]
+    chances = {r["chance"] for r in judged if "chance" in r}
+    measure = "accuracy" if chances else "bpb"
+    scores = [(r["step"], r[measure]) for r in judged]
     figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
     left.plot(*zip(*losses, strict=True), color="0.75", linewidth=0.8, label="training loss")
     left.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     right = left.twinx()
     if scores:
         right.plot(*zip(*scores, strict=True), color="C0", marker="o", markersize=3, label="validation")
-    right.set(ylabel="bits per byte", ylim=(0, None))
+    for chance in chances:
+        right.axhline(chance, color="C0", linestyle=":", linewidth=0.8, label="chance")
+    right.set(ylabel="accuracy" if chances else "bits per byte", ylim=(0, 1.05 if chances else None))
     figure.legend(loc="upper right", bbox_to_anchor=(1, 1), bbox_transform=left.transAxes)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

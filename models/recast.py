@@ -29,6 +29,9 @@ KNOWN = (GQA, MHA, MQA, MLP, GLU, SwiGLU, GeGLU, NgramEmbedding)  # they read th
 
 def norms_of(model: LanguageModel) -> list[nn.Module]:
     """The norms of a pre-norm model in the order of the forward pass, the final one last. ValueError for another model."""
+    for name, plain in (("embedding_norm", "none"), ("head", "linear")):
+        if (value := getattr(model.config, name)).partition(":")[0] != plain:
+            raise ValueError(f"{name}: {value!r} has a norm of its own, which no conversion here knows")
     if model.config.norm_place not in ("pre", "scaled"):
         raise ValueError(f"norm_place: {model.config.norm_place!r}, but only norms before their sublayer can be exchanged")
     return [*(sublayer.norm for sublayer in model.stack), model.final_norm]
@@ -79,6 +82,7 @@ def recast(
 
 
 def check(model: LanguageModel, *, moved: bool) -> None:
+    norms_of(model)  # or an error
     for layer in (branch for sublayer in model.stack for branch in branches(sublayer.layer)):
         if type(layer) not in KNOWN:
             known = ", ".join(kind.__name__ for kind in KNOWN)

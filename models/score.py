@@ -1,12 +1,13 @@
-"""Bits per byte: how well a model predicts text, whatever its tokenizer."""
+"""How well a model predicts text, in bits per byte whatever its tokenizer; how well it answers a task."""
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from models.language_model import LanguageModel
 from nn.objective import MaskedTokens, NextToken
@@ -37,3 +38,42 @@ def bits_per_byte(model: LanguageModel, batches: Iterable, token_bytes: np.ndarr
     if length == 0:
         raise ValueError("batches: their targets stand for no bytes of text")
     return nats / math.log(2) / length
+
+
+@torch.inference_mode()
+def answered(model: LanguageModel, batches: Iterable, oracle: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    """How well a model answers what the targets of all `batches` ask for: inputs, targets (-100: not asked), each (B, T).
+
+    accuracy: the share of the asked positions where the likeliest token is the target; complete: the share of sequences
+    where it is at all of them; val_loss: nats an asked position. With `oracle`, (B, T) to (B, T), also its accuracy.
+    ValueError for an encoder, which would read on before it answers, and where nothing is asked.
+    """
+    if not model.causal:
+        raise ValueError("model: an encoder sees all tokens at once; a task asks one that reads from left to right")
+    device, asked, sequences, sums = model.head.weight.device, 0, 0, torch.zeros(4, dtype=torch.float64)
+    for inputs, targets, *_ in batches:
+        logits, wanted = model(inputs.to(device)), targets >= 0  # (B, T, V), (B, T)
+        logits, right = logits[wanted.to(device)].float(), targets[wanted]  # (N, V), (N,)
+        correct = torch.ones_like(wanted)
+        correct[wanted] = logits.argmax(1).cpu() == right
+        nats = cross_entropy(logits, right.to(device), reduction="sum").item()
+        solved = (oracle(inputs)[wanted] == right).sum().item() if oracle else 0
+        sums += torch.tensor([correct[wanted].sum(), correct.all(1).sum(), nats, solved])
+        asked, sequences = asked + len(right), sequences + len(targets)
+    if not asked:
+        raise ValueError("batches: their targets ask for nothing")
+    names = ["accuracy", "complete", "val_loss", *(["oracle"] if oracle else [])]
+    return dict(zip(names, (sums / torch.tensor([asked, sequences, asked, asked])).tolist(), strict=False))
+
+
+@torch.inference_mode()
+def worked_example(model: LanguageModel, inputs: Tensor, targets: Tensor, spell: Callable[[Tensor], str]) -> str:
+    """One sequence of a task (T,): what the model reads, what is asked of it there, and what it says."""
+    said = model(inputs[None].to(model.head.weight.device))[0].argmax(1).cpu()
+    asked = targets >= 0
+    parts = {"inputs": inputs, "answers": targets[asked], "model": said[asked]}
+    return "\n".join(f"{name + ':':<9}{_shortened(spell(ids))}" for name, ids in parts.items())
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

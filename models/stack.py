@@ -14,8 +14,9 @@ from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
 from nn.mixing import MIXING
 from nn.spec import resolve
+from nn.ssm import SSM
 
-MIXERS = {**ATTENTION, **MIXING, **EMBEDDINGS}
+MIXERS = {**ATTENTION, **SSM, **MIXING, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")
 

@@ -60,4 +60,14 @@ def deepnorm(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(module.weight, std=0.02, generator=generator)
 
 
+def own_values(model: nn.Module, generator: torch.Generator) -> None:
+    """The initial values that are part of a layer's equation, as Mamba's step sizes are: after any of the above.
+
+    A module that has such values sets them in its method `own_init(generator)`.
+    """
+    for module in model.modules():
+        if hasattr(module, "own_init"):
+            module.own_init(generator)
+
+
 INITS = {"fan_in": fan_in, "gpt2": gpt2, "deepnorm": deepnorm}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.checkpoint import load_weights, read_json, read_tensors, write_json, write_tensors
 from models.config import Config
-from models.huggingface import gpt2
+from models.huggingface import bert, bloom, gpt2, modernbert
 from models.huggingface.llama import GEMMA2, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from models.language_model import LanguageModel
 from nn.attention import GQA, MHA, MQA
@@ -25,8 +25,12 @@ FAMILIES = {
     "qwen3": QWEN3,
     "olmo2": OLMO2,
     "gemma2": GEMMA2,
+    "bloom": bloom,
+    "bert": bert,
+    "modernbert": modernbert,
 }
 SAME = {MHA: GQA, MQA: GQA, SwiGLU: GLU, GeGLU: GLU}  # names for settings of another class
+TIED = ("lm_head.weight", "decoder.weight", "cls.predictions.decoder.weight")  # the embedding, stored a second time
 SHARD_BYTES = 5 * 10**9
 
 
@@ -52,19 +56,28 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    theirs = {name.removeprefix(family.PREFIX): tensor for name, tensor in read_folder(folder).items()}
+    theirs = {renamed(name.removeprefix(family.PREFIX)): tensor for name, tensor in read_folder(folder).items()}
     ours = {}
     for entry in family.table(model):
         if entry.theirs not in theirs:
             raise ValueError(f"{str(folder)!r}: the tensor {entry.theirs!r} is missing")
         parts = entry.split(theirs.pop(entry.theirs), [shapes[name][0] for name in entry.ours])
-        ours |= zip(entry.ours, (part.to(dtype) for part in parts), strict=True)
-    if config.tie:
-        theirs.pop("lm_head.weight", None)
+        for name, part in zip(entry.ours, parts, strict=True):
+            if name in ours and ours[name].shape != part.shape:
+                raise ValueError(f"tensor {entry.theirs!r} has {part.shape[-1]} columns, not {ours[name].shape[-1]}")
+            ours[name] = part.to(dtype) if name not in ours else ours[name] + part.to(dtype)
+    for name in TIED if config.tie else ():
+        theirs.pop(name, None)
     if left := [name for name in theirs if not family.IGNORED.fullmatch(name)]:
         raise ValueError(f"{str(folder)!r}: tensors that this model has no place for: {', '.join(sorted(left)[:4])}")
     load_weights(model, ours, str(folder))
     return model
+
+
+def renamed(name: str) -> str:
+    """A tensor's name as it is today: gains and biases of BERT's first checkpoints are called gamma and beta."""
+    start, _, last = name.rpartition("LayerNorm.")
+    return start + "LayerNorm." + {"gamma": "weight", "beta": "bias"}.get(last, last) if start else name
 
 
 def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -3,17 +3,19 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 class Entry:
     """A tensor of theirs and the ones of ours that it holds, one after the other along axis 0; `transposed`: then turned.
 
-    `prefixed`: whether the family's prefix ("model.", say) stands before the name.
+    `heads`: one after the other within each of so many heads instead. `prefixed`: whether the family's prefix ("model.",
+    say) stands before the name.
     """
 
-    def __init__(self, theirs: str, *ours: str, transposed: bool = False, prefixed: bool = True):
-        self.theirs, self.ours, self.transposed, self.prefixed = theirs, ours, transposed, prefixed
+    def __init__(self, theirs: str, *ours: str, transposed: bool = False, prefixed: bool = True, heads: int = 1):
+        self.theirs, self.ours, self.transposed, self.prefixed, self.heads = theirs, ours, transposed, prefixed, heads
 
     def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
         """Theirs -> ours, of which each has so many rows."""
@@ -22,12 +24,32 @@ class Entry:
         tensor = tensor.T if self.transposed else tensor
         if sum(rows) != len(tensor):
             raise ValueError(f"tensor {self.theirs!r} has {len(tensor)} rows, not {sum(rows)}")
+        if self.heads > 1:
+            tensor = rearrange(tensor, "(h n d) ... -> (n h d) ...", h=self.heads, n=len(rows))
         return [part.contiguous() for part in tensor.split(rows)]
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Ours -> theirs."""
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if self.heads > 1:
+            tensor = rearrange(tensor, "(n h d) ... -> (h n d) ...", h=self.heads, n=len(tensors))
         return tensor.T.contiguous() if self.transposed else tensor
+
+
+class AddedRow(Entry):
+    """A table of theirs of `count` rows, the first of which is added to each row of ours; written as zeros."""
+
+    def __init__(self, theirs: str, ours: str, *, count: int):
+        super().__init__(theirs, ours)
+        self.count = count
+
+    def split(self, tensor: Tensor, rows: list[int]) -> list[Tensor]:
+        if tensor.ndim != 2 or len(tensor) != self.count:
+            raise ValueError(f"tensor {self.theirs!r} has the shape {tuple(tensor.shape)}, not {self.count} rows")
+        return [tensor[:1].expand(rows[0], -1)]
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.zeros_like(tensors[0][:1]).repeat(self.count, 1)
 
 
 def check_options(published: dict, supported: dict[str, Any], default: Any = None) -> None:

@@ -13,6 +13,7 @@ from nn.checks import at_least, width_of_heads
 from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.position.none import NoPosition
+from nn.position.rope import RoPE
 
 # B batch, T time, S keys (earlier ones and this call's), C model dim, H query heads, K key/value heads, D head dim
 
@@ -28,6 +29,8 @@ class GQA(nn.Module):
                       gain, `head` with one that the heads share (Qwen3), `all` over all heads together (OLMo 2)
     window            a token sees itself and the window - 1 before it (Mistral 7B, arXiv:2310.06825) …
     global_tokens     … and the first n tokens of all (Beltagy et al. 2020, "Longformer", arXiv:2004.05150)
+    theta             a base of this layer's own for rotary positions, which their `factor` does not stretch: local layers
+                      turn faster than global ones in Gemma 3 (arXiv:2503.19786) and ModernBERT (arXiv:2412.13663)
     softcap           scores are squashed into this bound by tanh (Gemma 2, arXiv:2408.00118)
     scale             of the scores, instead of 1 / sqrt(D)
     temperature       scores are divided by it: below 1, at inference, long texts keep their differences ("TempScale" of
@@ -58,6 +61,7 @@ class GQA(nn.Module):
         qk_eps: float = 1e-6,
         window: int | None = None,
         global_tokens: int = 0,
+        theta: float | None = None,
         softcap: float = 0.0,
         scale: float | None = None,
         temperature: float = 1.0,
@@ -77,7 +81,11 @@ class GQA(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width_of_heads(dim, heads, head_dim)
         self.window, self.global_tokens, self.softcap = window, global_tokens, softcap
         self.scale = (self.head_dim**-0.5 if scale is None else scale) / temperature
-        position = position or NoPosition()
+        position, self.theta = position or NoPosition(), theta
+        if theta is not None:
+            if not isinstance(position, RoPE):
+                raise ValueError(f"theta: a rotary base needs the position encoding rope, not {type(position).__name__}")
+            position = position.with_base(theta)
         # functions alone: the encoding's parameters are the model's
         self.rotate, self.bias, self.slopes = position.rotate, position.bias, position.slopes(heads)
         # a window's cache drops tokens; first ones and a bias by distance need to know how many

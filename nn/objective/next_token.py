@@ -1,19 +1,28 @@
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.linear_cross_entropy import linear_cross_entropy
 from nn.linear import cast_once
 
 IGNORED = -100  # a target that does not count
+BIAS_COLUMNS = 8  # what a bias adds to the head's rows: they stay multiples of 16 bytes, which tensor cores want
 
 
-def next_token_loss(x: Tensor, head: Tensor, targets: Tensor, *, softcap: float = 0.0) -> Tensor:
-    """The next-token objective: the sum over the tokens of -log softmax(x head^T)[target], in nats.
+def next_token_loss(
+    x: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
+    """The next-token objective: the sum over the tokens of -log softmax(x head^T + bias)[target], in nats.
 
-    Shapes: x (N, C), head (V, C), targets (N,) int64 -> scalar float32 (float64 for float64 inputs). Targets of -100
-    count nothing. Under autocast the matmuls run in its dtype, the rest in float32. `softcap` c > 0 replaces each logit
-    z by c tanh(z / c).
+    Shapes: x (N, C), head (V, C), targets (N,) int64, bias (V,) -> scalar float32 (float64 for float64 inputs). Targets
+    of -100 count nothing. Under autocast the matmuls run in its dtype, the rest in float32. `softcap` c > 0 replaces each
+    logit z by c tanh(z / c). A bias is one column more of the head, of which x has a 1, so that logits need not be whole.
     """
-    return linear_cross_entropy(cast_once(x), head, targets, ignore_index=IGNORED, softcap=softcap)
+    x = cast_once(x)
+    if bias is not None:
+        x = F.pad(x, (0, BIAS_COLUMNS), value=1.0)
+        head = F.pad(torch.cat([head, bias[:, None]], dim=1), (0, BIAS_COLUMNS - 1))  # zeros beside it
+    return linear_cross_entropy(x, head, targets, ignore_index=IGNORED, softcap=softcap)
 
 
 class NextToken:

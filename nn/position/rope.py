@@ -51,6 +51,7 @@ class RoPE(NoPosition):
         self.theta, self.fraction, self.interleaved = theta, fraction, interleaved
         self.scaling, self.factor, self.low, self.high, self.original = scaling, factor, low, high, original
         self.gain = yarn_gain(factor) if scaling == "yarn" else 1.0
+        self.others: dict[float, RoPE] = {}  # those of layers with a base of their own, by it
         self.worked_out: dict[int, Tensor] = {}  # frequencies of angle_dist, which counts angles, by their number
 
     def frequencies(self, head_dim: int) -> Tensor:
@@ -77,6 +78,12 @@ class RoPE(NoPosition):
                 self.worked_out[len(plain)] = angle_dist(plain, self.factor, original=self.original)
             return self.worked_out[len(plain)]
         return llama3(plain, self.factor, original=self.original, low=self.low, high=self.high)
+
+    def with_base(self, theta: float) -> "RoPE":
+        """The same turning from another base and never stretched: for layers that keep their distances in a longer context."""
+        if theta not in self.others:
+            self.others[theta] = RoPE(theta=theta, fraction=self.fraction, interleaved=self.interleaved)
+        return self.others[theta]
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
         head_dim, exact = x.shape[-1], torch.promote_types(x.dtype, torch.float32)

@@ -38,6 +38,11 @@ MORE = [
     "tpa:head_dim=6:q_rank=2",
     "mhe:head_dim=6:kind=add",
     "normalised:length_scale=true:power=3:offset=0.5",
+    "mamba:state=3:expand=1:conv=2:dt_rank=3",
+    "mamba2:state=5:head_dim=8:groups=2",
+    "mamba2:state=3:head_dim=4:groups=2:expand=3:conv=2:dt_min=0.6:dt_max=0.9",
+    "s4d:state=3:expand=1:conv=2",
+    "bimamba:state=2:expand=1",
 ]  # options that are numbers
 
 
