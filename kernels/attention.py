@@ -288,6 +288,11 @@ def cost(q, k, v, *, causal=True, window=None, **_) -> tuple[Cost, Cost]:
     return Cost(2 * (D + DV) * pairs, large + y + small), Cost((6 * D + 4 * DV) * pairs, 2 * (large + y) + small)
 
 
+def wide(heads: int, width: int) -> Shape:
+    """Heads wider than 128, in bfloat16 whatever the example's dtype."""
+    return Shape((2, heads, 4096, width), torch.bfloat16)
+
+
 SPEC = Spec(
     op=attention,
     reference=reference,
@@ -302,6 +307,8 @@ SPEC = Spec(
             q=Shape((4, 32, 4096, 64)), k=Shape((4, 8, 4096, 64)), v=Shape((4, 8, 4096, 64)), window=1024, softcap=50.0,
             documents=Shape((4, 4096), below=8), sinks=Shape((32,)), alibi=Shape((32,)),
         ),
+        dict(q=wide(8, 256), k=wide(4, 256), v=wide(4, 256), window=1024, softcap=50.0),  # Gemma 2
+        dict(q=wide(16, 192), k=wide(16, 192), v=wide(16, 128)),  # DeepSeek-V3's heads
     ),
     cpu=(
         dict(q=Shape((16, 4, 256, 64)), k=Shape((16, 4, 256, 64)), v=Shape((16, 4, 256, 64))),

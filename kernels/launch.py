@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -47,14 +48,16 @@ def viewed(forward: Callable) -> Callable:
 
 
 class Function(torch.autograd.Function):
-    """A `torch.autograd.Function` that PyTorch 2.11 compiles rightly too.
+    """A `torch.autograd.Function` that is differentiated once, and that PyTorch 2.11 compiles rightly too.
 
-    That version gives no gradient through a forward pass whose output an in-place operation, or a conversion that changed
-    nothing, has touched (its issue 180642, mended in 2.12); a view of the output is not affected.
+    A gradient of a gradient is refused: backward passes compute with numbers that autograd does not see. PyTorch 2.11 gives
+    no gradient through a forward pass whose output an in-place operation, or a conversion that changed nothing, has touched
+    (its issue 180642, mended in 2.12); a view of the output is not affected.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        cls.backward = staticmethod(once_differentiable(cls.backward))
         if torch.__version__.startswith("2.11."):
             cls.forward = staticmethod(viewed(cls.forward))
 
@@ -106,7 +109,10 @@ def launch(kernel, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     if _recorder is not None:
         _recorder.append((kernel, args, options))
     elif 0 not in grid:
-        kernel[grid](*args, **options)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        elsewhere = device.type == "cuda" and not torch.compiler.is_compiling()  # compiled code sees to it itself
+        with torch.cuda.device(device) if elsewhere and device.index != torch.cuda.current_device() else nullcontext():
+            kernel[grid](*args, **options)
 
 
 def architecture(device: torch.device) -> str:

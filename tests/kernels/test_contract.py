@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels import SPECS
 from kernels.launch import use
-from kernels.spec import Draw
+from kernels.spec import Draw, outputs
 from tests.kernels.contract import (
     LAYOUTS,
     arguments,
@@ -58,6 +58,35 @@ def test_pytorch_path(name, dtype):
         check(SPECS[name], SPECS[name].inputs(draw_from(data)), getattr(torch, dtype), "torch", layout)
 
     run()
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES)
+@interpreted
+def test_both_paths_give_the_same_dtypes(name, dtype):
+    """An output is of the dtype of the inputs or, where it is a sum, of float32, on either path."""
+    spec, dtype = SPECS[name], DTYPES[dtype]
+    for seed in range(4 if dtype in spec.dtypes else 0):
+        call = arguments(spec, spec.inputs(seeded(200 + seed)), dtype)
+        dtypes = {}
+        for path in ("torch", "triton"):
+            with use(path), torch.no_grad():
+                dtypes[path] = [result.dtype for result in outputs(spec.op(**call)) if result is not None]
+        assert dtypes["torch"] == dtypes["triton"] and set(dtypes["torch"]) <= {dtype, torch.float32}, dtypes
+
+
+@each
+def test_gradients_are_differentiated_once(name):
+    """A gradient of a gradient would be wrong, so it is refused."""
+    spec = SPECS[name]
+    call = arguments(spec, spec.inputs(seeded(0)), torch.float64)
+    inputs = [call[n] for n in spec.gradients if isinstance(call.get(n), torch.Tensor) and call[n].numel()]
+    results = [r for r in outputs(spec.op(**call)) if r is not None and r.requires_grad]
+    if not inputs or not results:
+        return
+    first = torch.autograd.grad(sum(r.square().sum() for r in results), inputs, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in first if g is not None).backward()
 
 
 @each
