@@ -5,6 +5,7 @@
     python eval.py speed                                prefill and decoding, tokens a second
     python eval.py length --multiples 1,2,4,8           bits per byte beyond the length of the training
     python eval.py passkey                              find a number that was told long ago
+    python eval.py task --lengths 64,256,1024           accuracy on a task: that of the training, or another
     python eval.py layers                               what each layer does, and what is lost without it
     python eval.py maps --prompt "def main("            where attention looks, as a picture
     python eval.py export --to FOLDER                   write it as a published (Hugging Face) model
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, load, load_tokenizer, windows
+from data import TASKS, Tokenizer, examples, load, load_tokenizer, windows
 from data.passkey import passkey
 from data.tokens import Tokens
 from models import Config, LanguageModel
@@ -29,11 +30,11 @@ from models.generate import Sampler, generate
 from models.huggingface import export
 from models.machine import autocast, choose_device, choose_dtype, synchronise, tune_cpu
 from models.probe import attention_maps, draw_maps, layer_effects, loss_by_position, sinks_of
-from models.score import bits_per_byte, posed
+from models.score import answered, bits_per_byte, posed
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
 from nn.objective import OBJECTIVES
-from nn.spec import build
+from nn.spec import arguments, build, resolve, signature
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +137,27 @@ def passkeys(args, folder: Path, model: LanguageModel) -> int:
                 right += tokenizer.decode([token.item() for token in said]).strip().startswith(task.answer)
             rates.append(right / args.count)
         print(f"{int(characters):>10}" + "".join(f"{rate:>14.0%}" for rate in rates))
+    return 0
+
+
+def task(args, folder: Path, model: LanguageModel) -> int:
+    """Print how often a task is answered rightly, beside guessing and the oracle."""
+    kind, _, learned = read_config(folder).data.partition(":")
+    if not args.name and kind != "task":
+        raise ValueError(f"task: the model was trained on text, so name one: {', '.join(TASKS)}")
+    make, options = resolve(args.name or learned, TASKS, "task")
+    if kind == "task" and resolve(learned, TASKS, "task")[0] is make:
+        options = resolve(learned, TASKS, "task")[1] | options  # those of the training where no others are given
+    if args.lengths and "length" not in arguments(make):
+        raise ValueError(f"lengths: {signature((args.name or learned).partition(':')[0], make)} has no length")
+    print(f"{'tokens':>8} {'accuracy':>9} {'all right':>10} {'chance':>8} {'oracle':>8}")
+    for length in numbers(args.lengths, "lengths") if args.lengths else [None]:
+        made = make(**options if length is None else options | dict(length=int(length)))
+        if made.vocab_size > model.config.vocab_size:
+            raise ValueError(f"task: {made} has {made.vocab_size} ids, the model knows only {model.config.vocab_size}")
+        rows = examples(made, batch_size=args.batch_size, count=args.count, seed=args.seed)
+        cells = "{:>8} {accuracy:>9.2%} {complete:>10.2%} {:>8.2%} {oracle:>8.2%}"
+        print(cells.format(made.seq_len, made.chance, **answered(model, rows, made.oracle)))
     return 0
 
 
@@ -254,6 +276,13 @@ def parse(argv: list[str] | None):
     number(p, "--count", 10, "numbers a cell")
     number(p, "--seed", 0, "of the numbers")
 
+    p = command("task", task)
+    p.add_argument("name", nargs="?", default="", metavar="NAME:key=value", help="the task [that of the training]")
+    p.add_argument("--lengths", default="", metavar="N,N", help="tokens of a sequence [that of the task]")
+    number(p, "--count", 512, "sequences a length")
+    number(p, "--batch-size", 16, "sequences at once")
+    number(p, "--seed", 0, "of the sequences")
+
     p = command("layers", layers)
     text(p)
     number(p, "--batch-size", 16, "windows to look at")
@@ -262,8 +291,7 @@ def parse(argv: list[str] | None):
     p.add_argument("--prompt", required=True, metavar="TEXT", help="the text to look at")
     p.add_argument("--to", default="attention.png", metavar="FILE", help="where to write [attention.png]")
 
-    p = command("export", export_published)
-    p.add_argument("--to", required=True, metavar="FOLDER", help="where to write")
+    command("export", export_published).add_argument("--to", required=True, metavar="FOLDER", help="where to write")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
     python train.py                                            the default model, a few minutes on two cores
     python train.py --mixer gqa:kv_heads=2 --ffn swiglu        a stack of other parts; --list shows what there is
     python train.py --model gpt2 --data my/texts --steps 20000
+    python train.py --data task:induction:length=64            a task with known answers; --list task shows them all
     python train.py --resume                                   go on with the newest run, bit for bit
     torchrun --nproc-per-node 8 train.py …                     the same run, each step's batch shared out
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Loader, Tokenizer, load, load_tokenizer, training_documents, windows
+from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, load, load_tokenizer, training_documents, windows
 from models import Config, LanguageModel, build_model
 from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
 from models.config import Parser, add_flags
@@ -26,7 +27,7 @@ from models.generate import Sampler, generate
 from models.heads import HEADS
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
-from models.score import bits_per_byte, posed
+from models.score import answered, bits_per_byte, posed, worked_example
 from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
 from nn.init import INITS
@@ -38,7 +39,7 @@ from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_paramete
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
-            "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # fmt: skip
+            "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "task": TASKS}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         if family is not None:
             print(listing(FAMILIES, family))
             return 0
+        task = task_of(flags.get("data", ""))
+        if task:
+            if {"tokenizer", "val_data"} & flags.keys():
+                raise ValueError("tokenizer, val_data: a task has words and validation rows of its own")
+            flags = dict(seq_len=task.seq_len) | flags
         if place is not None:
             resumed = find(Path(place))
             if not (resumed / MANIFEST).exists():
@@ -78,20 +84,23 @@ def train(config: Config, resumed: Path | None) -> int:
     dtype = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
 
-    # Text: the tokenizer, the tokens, the batches
-    def texts():
-        return (document.text for document in training_documents(config.data, config.val_data or None))
-
-    with first_rank_first(rank, world):
-        if resumed:
-            tokenizer = Tokenizer.load(resumed / "tokenizer")
-        else:
-            tokenizer = load_tokenizer(config.tokenizer, texts=texts, vocab_size=config.vocab_size)
-        training, validation = load(config.data, tokenizer, val_spec=config.val_data or None)
+    # The batches: of text, with its tokenizer and its tokens, or of a task, with words of its own
+    objective, task = build(config.objective, OBJECTIVES, "objective"), task_of(config.data)
     rows, left = divmod(config.batch_size, world * config.accumulate)
     if left:
         raise ValueError(f"batch_size: {config.batch_size} does not divide into {world} processes x {config.accumulate} parts")
-    loader = Loader(training, batch_size=rows, seq_len=config.seq_len, seed=config.seed, rank=rank, world_size=world)
+    part_of_all = dict(batch_size=rows, seed=config.seed, rank=rank, world_size=world)
+    if task:
+        if config.seq_len != task.seq_len:
+            raise ValueError(f"seq_len: {config.seq_len} was given, but a sequence of {config.data} has {task.seq_len} tokens")
+        if not objective.causal:
+            raise ValueError(f"objective: a task asks for answers of its own, not {config.objective!r}")
+        loader, source, ids = TaskLoader(task, **part_of_all), f"rows of {task} without end", task.vocab_size
+        share = task.asked / task.seq_len  # of the positions that count
+    else:
+        tokenizer, training, validation = open_text(config, resumed, rank, world)
+        loader, source = Loader(training, seq_len=config.seq_len, **part_of_all), f"{len(training):,} training tokens"
+        ids, share = tokenizer.vocab_size, objective.share
 
     # The model and what moves it
     run = resumed.parent if resumed else Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
@@ -99,11 +108,10 @@ def train(config: Config, resumed: Path | None) -> int:
         raise ValueError(f"out: {str(run)!r} holds a run already; --resume {run} goes on with it")
     config = replace(config, out=str(run), dtype=str(dtype).removeprefix("torch."))
     saved = resumed or (Path(config.weights) if config.weights else None)
-    objective = build(config.objective, OBJECTIVES, "objective")
     if not saved:
-        config = replace(config, vocab_size=objective.vocabulary(tokenizer.vocab_size))
-    elif tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"tokenizer: it has {tokenizer.vocab_size} ids, the weights know only {config.vocab_size}")
+        config = replace(config, vocab_size=objective.vocabulary(ids))
+    elif ids > config.vocab_size:
+        raise ValueError(f"{'data' if task else 'tokenizer'}: it has {ids} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
     optimizer = build_optimizer(config, model)
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
@@ -116,23 +124,26 @@ def train(config: Config, resumed: Path | None) -> int:
     if not config.steps and not config.minutes:
         raise ValueError("steps: give a number of --steps, or of --minutes")
     tokens_a_step = config.batch_size * config.seq_len
-    counted_a_step = tokens_a_step * objective.share
+    counted_a_step = tokens_a_step * share
     flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
     peak = matmul_peak(device, dtype) * world
     log = Log(run, step, quiet=rank > 0)
-    log.say(f"{run}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} training tokens, "
+    log.say(f"{run}: {sum(p.numel() for p in model.parameters()):,} parameters, {source}, "
             f"{config.dtype} on {world} x {device}, matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
 
-    def evaluate(limit: int | None = None) -> float:
+    def evaluate(limit: int | None = None) -> dict[str, float]:
         with autocast(device, dtype):
+            if task:
+                return answered(model, examples(task, batch_size=rows, limit=limit)) | dict(chance=task.chance)
             batches = windows(validation, batch_size=rows, seq_len=config.seq_len, limit=limit)
-            batches = posed(batches, objective, tokenizer.vocab_size)
-            return bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed)
+            batches = posed(batches, objective, ids)
+            return dict(bpb=bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed))
 
     def save_all() -> Path:
         def write(folder: Path) -> None:
             save_model(model, folder)
-            tokenizer.save(folder / "tokenizer")
+            if not task:
+                tokenizer.save(folder / "tokenizer")
             tensors, tree = flatten_state(optimizer.state_dict())
             write_tensors(folder / "optimizer.safetensors", tensors)
             write_tensors(folder / "generators.safetensors", generators())
@@ -158,7 +169,7 @@ def train(config: Config, resumed: Path | None) -> int:
         total = torch.zeros((), device=device)
         for part in range(config.accumulate):
             inputs, targets, documents = next(loader)
-            inputs, targets = objective(inputs, targets, tokenizer.vocab_size, (config.seed, step, part, rank))
+            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, rank))
             inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
             with autocast(device, dtype):
                 loss = forward(inputs, targets, documents=documents if config.packed else None) * (world / counted_a_step)
@@ -184,7 +195,7 @@ def train(config: Config, resumed: Path | None) -> int:
         speed = tokens_a_step / pace
         log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=speed * flops_a_token / peak)
         if config.eval_every and step % config.eval_every == 0:
-            log.evaluation(step=step, bpb=evaluate(config.eval_tokens), elapsed=before + time.perf_counter() - began)
+            log.evaluation(step=step, elapsed=before + time.perf_counter() - began, **evaluate(config.eval_tokens))
         if config.save_every and step % config.save_every == 0:
             save_all()
 
@@ -197,11 +208,14 @@ def train(config: Config, resumed: Path | None) -> int:
         log.say(f"stopped after step {step}; to go on: python train.py --resume {run}")
         return 128 + halted
     if rank == 0:
-        log.evaluation(step=step, bpb=evaluate(), elapsed=elapsed, whole=True)
+        log.evaluation(step=step, elapsed=elapsed, **evaluate(), whole=True)
         log.close()
         draw_curve(run / "log.jsonl", run / "curve.png")
-        log.say(f"saved {folder} and {run / 'curve.png'}" + "; a sample:\n" * model.causal)
-    if rank == 0 and model.causal:
+        log.say(f"saved {folder} and {run / 'curve.png'}" + ("; an example:" if task else "; a sample:\n" * model.causal))
+    if rank == 0 and task:
+        with autocast(device, dtype):
+            print(worked_example(model, next(examples(task, batch_size=1)), task.spell))
+    elif rank == 0 and model.causal:
         prompt = torch.tensor([[tokenizer.eot]], device=device)
         sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
         length = min(config.sample, model.position.max_len or config.sample)
@@ -209,6 +223,25 @@ def train(config: Config, resumed: Path | None) -> int:
         print(tokenizer.decode([i for i in ids if i != tokenizer.eot]))
     leave_processes(world)
     return 0
+
+
+def task_of(data: str) -> Task | None:
+    """The task that `task:NAME:key=value` names; None for text."""
+    return build(data.removeprefix("task:"), TASKS, "task") if data.startswith("task:") else None
+
+
+def open_text(config: Config, resumed: Path | None, rank: int, world: int) -> tuple[Tokenizer, Tokens, Tokens]:
+    """The tokenizer, and the tokens for training and for validation."""
+
+    def texts():
+        return (document.text for document in training_documents(config.data, config.val_data or None))
+
+    with first_rank_first(rank, world):
+        if resumed:
+            tokenizer = Tokenizer.load(resumed / "tokenizer")
+        else:
+            tokenizer = load_tokenizer(config.tokenizer, texts=texts, vocab_size=config.vocab_size)
+        return tokenizer, *load(config.data, tokenizer, val_spec=config.val_data or None)
 
 
 def build_optimizer(config: Config, model: LanguageModel) -> Combined:
@@ -229,7 +262,7 @@ def generators() -> dict[str, torch.Tensor]:
     return states
 
 
-def restore(folder: Path, optimizer: Combined, loader: Loader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
+def restore(folder: Path, optimizer: Combined, loader: Loader | TaskLoader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
     optimizer.load_state_dict(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))

@@ -47,10 +47,10 @@ class LanguageModel(nn.Module):
         self.specs = specs
         offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
         place = dict(place=config.norm_place, sublayers=len(specs))
-        if config.embedding_norm == "first" and config.norm_place not in ("pre", "scaled"):
-            raise ValueError(f"embedding_norm: 'first' leaves a norm before a sublayer away; {config.norm_place!r} has none there")
-        norms = [config.norm] * len(specs)
-        norms[:1] = ["none"] if norms and config.embedding_norm == "first" else norms[:1]
+        bare = config.embedding_norm == "first"  # the first sublayer
+        if bare and config.norm_place not in ("pre", "scaled"):
+            raise ValueError(f"embedding_norm: 'first' leaves away a norm before a sublayer; {config.norm_place!r} has none")
+        norms = ["none" if bare and i == 0 else config.norm for i in range(len(specs))]
         self.embedding_norm = nn.Identity() if config.embedding_norm == "none" else build(config.norm, NORMS, "norm", dim)
         self.stack = nn.ModuleList(
             Residual(make_sublayer(spec, SUBLAYERS, dim, **offered), dim, norm=norm, number=number, **place)
@@ -110,15 +110,17 @@ class LanguageModel(nn.Module):
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
         return Context(tokens, positions, documents, self.causal)
 
-    def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type) -> bool:
-        """Whether the stack is layers of one kind of mixer, of ffn and of norm: what published families look like."""
+    def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type, *, bare: bool = False) -> bool:
+        """Whether the stack is layers of one kind of mixer, of ffn and of norm: what published families look like.
+
+        `bare`: whether the first sublayer has no norm of its own.
+        """
         if self.config.stack or len(self.stack) != 2 * self.config.depth or not self.stack:
             return False
-        norms = [s.norm for s in self.stack][self.config.embedding_norm == "first" :]
+        norms = [s.norm for s in self.stack][bare:]
         norms += [] if ends_normed(self.config.norm_place) else [self.final_norm]
-        return all(
-            isinstance(a.layer, mixer) and isinstance(b.layer, ffn) for a, b in zip(self.stack[0::2], self.stack[1::2], strict=True)
-        ) and all(isinstance(module, norm) for module in norms)
+        kinds = [(s.layer, (mixer, ffn)[i % 2]) for i, s in enumerate(self.stack)] + [(module, norm) for module in norms]
+        return all(isinstance(module, kind) for module, kind in kinds)
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> DecodingState:
         """An empty decoding state with room for `max_len` tokens in each of `batch` sequences."""

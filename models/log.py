@@ -44,8 +44,8 @@ class Log:
         if self.quiet:
             return
         self.file.write(json.dumps(record) + "\n")
-        judged = "  {bpb:.3f} bits per byte" if "bpb" in record else "  {accuracy:.1%} right (chance {chance:.1%})"
-        self.judged = judged.format(**record)
+        of_task = "  {accuracy:.1%} right (chance {chance:.1%}), {val_loss:.3f} nats"
+        self.judged = ("  {bpb:.3f} bits per byte" if "bpb" in record else of_task).format(**record)
         self.say("step {step:>6}  {elapsed:>6.0f} s".format(**record) + f"{self.judged}  {self.pace}")
 
     def say(self, line: str) -> None:
@@ -93,6 +93,7 @@ def draw_curve(path: Path, picture: Path) -> None:
     for chance in chances:
         right.axhline(chance, color="C0", linestyle=":", linewidth=0.8, label="chance")
     right.set(ylabel="accuracy" if chances else "bits per byte", ylim=(0, 1.05 if chances else None))
-    figure.legend(loc="upper right", bbox_to_anchor=(1, 1), bbox_transform=left.transAxes)
+    place = dict(loc="center right", bbox_to_anchor=(1, 0.5)) if chances else dict(loc="upper right", bbox_to_anchor=(1, 1))
+    figure.legend(**place, bbox_transform=left.transAxes)
     figure.savefig(picture, dpi=120)
     plt.close(figure)

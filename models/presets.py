@@ -21,6 +21,18 @@ def _llama(depth: int, dim: int, heads: int, kv_heads: int, width: int, *, vocab
     )  # fmt: skip
 
 
+def _mamba(mixer: str, depth: int, dim: int, *, vocab_size: int, seq_len: int = 2048, tie: bool = True,
+           init: str = "gpt2") -> dict:  # fmt: skip
+    """Gu and Dao 2023, "Mamba" (arXiv:2312.00752), table 12; Dao and Gu 2024 (arXiv:2405.21060), table 9: no ffn, no positions.
+
+    The vocabulary of GPT-NeoX-20B, 50277, is filled up to a multiple of 8 for Mamba, of 16 for Mamba-2.
+    """
+    return dict(
+        mixer=mixer, ffn="none", norm="rmsnorm:eps=1e-5", position="none",
+        depth=depth, dim=dim, heads=max(1, dim // 64), vocab_size=vocab_size, seq_len=seq_len, tie=tie, init=init, softcap=0.0,
+    )  # fmt: skip
+
+
 STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
@@ -39,4 +51,22 @@ PRESETS: dict[str, dict] = {
     "llama-1b": _llama(16, 2048, 32, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
     "llama-3b": _llama(28, 3072, 24, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
     "llama-8b": _llama(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=8192, tie=False),
+    "mamba": _mamba("mamba", 6, 256, vocab_size=4096, seq_len=256, init="fan_in"),
+    "mamba-130m": _mamba("mamba", 24, 768, vocab_size=50280),
+    "mamba-370m": _mamba("mamba", 48, 1024, vocab_size=50280),
+    "mamba-790m": _mamba("mamba", 48, 1536, vocab_size=50280),
+    "mamba-1.4b": _mamba("mamba", 48, 2048, vocab_size=50280),
+    "mamba-2.8b": _mamba("mamba", 64, 2560, vocab_size=50280),
+    "mamba2": _mamba("mamba2:state=64", 6, 256, vocab_size=4096, seq_len=256, tie=False, init="fan_in"),
+    "mamba2-130m": _mamba("mamba2", 24, 768, vocab_size=50288),
+    "mamba2-370m": _mamba("mamba2", 48, 1024, vocab_size=50288),
+    "mamba2-780m": _mamba("mamba2", 48, 1536, vocab_size=50288),
+    "mamba2-1.3b": _mamba("mamba2", 48, 2048, vocab_size=50288),
+    "mamba2-2.7b": _mamba("mamba2", 64, 2560, vocab_size=50288),
+    "mamba2-hybrid": dict(  # the shares of Waleffe et al. 2024 (arXiv:2406.07887): models.hybrid 14 0.08 0.5
+        stack="(mamba2:state=64 mlp:activation=gelu)*3 mlp:activation=gelu gqa:kv_heads=2 "
+              "(mamba2:state=64 mlp:activation=gelu)*3",
+        norm="rmsnorm:eps=1e-5", position="none",
+        dim=256, heads=4, vocab_size=4096, seq_len=256, tie=True, init="fan_in", softcap=0.0,
+    ),
 }  # fmt: skip

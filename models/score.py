@@ -67,10 +67,10 @@ def answered(model: LanguageModel, batches: Iterable, oracle: Callable[[Tensor],
 
 
 @torch.inference_mode()
-def worked_example(model: LanguageModel, inputs: Tensor, targets: Tensor, spell: Callable[[Tensor], str]) -> str:
-    """One sequence of a task (T,): what the model reads, what is asked of it there, and what it says."""
-    said = model(inputs[None].to(model.head.weight.device))[0].argmax(1).cpu()
-    asked = targets >= 0
+def worked_example(model: LanguageModel, batch: tuple[Tensor, ...], spell: Callable[[Tensor], str]) -> str:
+    """The first row of a task's batch (inputs, targets, …): what the model reads, what is asked of it, what it says."""
+    inputs, targets = batch[0][0], batch[1][0]  # (T,)
+    said, asked = model(inputs[None].to(model.head.weight.device))[0].argmax(1).cpu(), targets >= 0
     parts = {"inputs": inputs, "answers": targets[asked], "model": said[asked]}
     return "\n".join(f"{name + ':':<9}{_shortened(spell(ids))}" for name, ids in parts.items())
 

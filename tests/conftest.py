@@ -1,5 +1,5 @@
-"""What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch;
-Triton in its interpreter, unless the tests of a GPU were asked for."""
+"""What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch, and tiny
+numbers as they are; Triton in its interpreter, unless the tests of a GPU were asked for."""
 
 import os
 
@@ -24,3 +24,4 @@ def seed():
     import torch
 
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # the scripts set it for their process

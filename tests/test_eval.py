@@ -1,13 +1,17 @@
 """eval.py as its users meet it."""
 
+import math
 import re
 
 import pytest
+import torch
+from torch.nn.functional import one_hot
 
 import eval as evaluation
 import train
 from models.checkpoint import checkpoints, read_json
 from models.log import read
+from models.score import answered
 
 TINY = "--dim 32 --depth 2 --heads 2 --seq-len 32 --batch-size 4 --eval-every 0 --sample 1 --dtype float32 --steps 60".split()
 
@@ -121,3 +125,73 @@ def test_maps_are_drawn(run, tmp_path, capsys):
     picture = tmp_path / "maps.png"
     assert evaluation.main(["maps", "--checkpoint", str(run), "--prompt", "7 times 8", "--to", str(picture)]) == 0
     assert picture.stat().st_size > 5000 and "layer 2: " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A tiny model that has learnt induction over three symbols at length 8."""
+    folder = tmp_path_factory.mktemp("task") / "run"
+    flags = "--stem none --dim 32 --depth 2 --heads 2 --batch-size 16 --eval-every 0 --dtype float32 --steps 120".split()
+    assert train.main([*flags, "--data", "task:induction:length=8:symbols=3", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_task_is_judged_as_the_run_judged_it(asked, capsys):
+    judge = ["task", "--checkpoint", str(asked), "--dtype", "float32"]
+    assert evaluation.main(judge) == 0
+    ((tokens, accuracy, complete, chance, oracle),) = table(capsys.readouterr().out)
+    assert (tokens, chance, oracle) == ("8", "33.33%", "100.00%") and complete == accuracy
+    recorded = read(asked / "log.jsonl")[-1]
+    assert float(accuracy[:-1]) == pytest.approx(100 * recorded["accuracy"], abs=0.006) and recorded["accuracy"] > 0.8
+
+    assert evaluation.main([*judge, "induction", "--lengths", "3,8,16", "--count", "100", "--batch-size", "7"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["3", "8", "16"] and all(row[3:] == ["33.33%", "100.00%"] for row in rows)
+    assert evaluation.main([*judge, "parity:length=4", "--seed", "5"]) == 0  # a vocabulary that fits, a task never seen
+    ((tokens, accuracy, complete, chance, _),) = table(capsys.readouterr().out)
+    assert (tokens, chance) == ("4", "50.00%") and float(complete[:-1]) < float(accuracy[:-1]) < 80
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("inducton", "unknown task 'inducton' (did you mean 'induction'?)"),
+    ("induction:lenght=8", "has no option 'lenght'"),
+    ("induction:length=1", "length: 1 is too small"),
+    ("--lengths 0", "length: 0 is too small"),
+    ("--lengths 8,many", "lengths: numbers with commas"),
+    ("phonebook --lengths 8", "lengths: phonebook:pairs="),
+    ("--count 0", "count is 0"),
+    ("s5", "task: S5(length=32) has 120 ids, the model knows only 4"),
+])  # fmt: skip
+def test_a_bad_task_is_one_line_and_status_2(flags, message, asked, capsys):
+    assert evaluation.main(["task", "--checkpoint", str(asked), *flags.split()]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py")]
+    assert message in line
+
+
+def test_a_model_of_text_is_asked_for_a_task_by_name(run, capsys):
+    assert evaluation.main(["task", "--checkpoint", str(run)]) == 2
+    assert "trained on text, so name one: induction, " in capsys.readouterr().err
+    assert evaluation.main(["task", "mqar:length=16", "--checkpoint", str(run), "--count", "4"]) == 0
+    assert float(table(capsys.readouterr().out)[0][1][:-1]) < 50
+
+
+def test_answers_are_counted_by_hand():
+    """Four answers in two rows: two right in the first, one of two in the second; the others are not asked."""
+
+    class Known(torch.nn.Module):
+        causal, head = True, torch.nn.Linear(1, 1)
+
+        def forward(self, inputs):
+            return one_hot(inputs + 1, 6).float() * 2  # says the next number, with two more than nothing for the others
+
+    inputs = torch.tensor([[0, 1, 2], [3, 2, 1]])
+    targets = torch.tensor([[1, -100, 3], [-100, 3, 0]])
+    found = answered(Known(), [(inputs[:1], targets[:1]), (inputs[1:], targets[1:])], lambda inputs: inputs + 1)
+    sure = 2 - math.log(math.exp(2) + 5)
+    assert found == pytest.approx({"accuracy": 3 / 4, "complete": 1 / 2, "oracle": 3 / 4, "val_loss": -sure + 2 / 4})
+    with pytest.raises(ValueError, match="^batches: "):
+        answered(Known(), [(inputs, torch.full_like(inputs, -100))])
+    encoder = Known()
+    encoder.causal = False
+    with pytest.raises(ValueError, match="encoder"):
+        answered(encoder, [(inputs, targets)])

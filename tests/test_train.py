@@ -15,7 +15,7 @@ import torch
 
 import eval as evaluation
 import train
-from models.checkpoint import checkpoints, read_tensors, verify
+from models.checkpoint import checkpoints, read_json, read_tensors, verify
 from models.log import read as read_log
 
 ROOT = Path(__file__).parent.parent
@@ -276,3 +276,70 @@ def test_an_encoder_trains_and_resumes(text, tmp_path, capsys):
     assert capsys.readouterr().out == f"{judged:.4f} bits per byte\n"
     assert evaluation.main(["sample", "--checkpoint", str(tmp_path / "whole")]) == 2
     assert "an encoder" in capsys.readouterr().err
+
+
+TASK = "--stem none --dim 32 --depth 2 --heads 2 --batch-size 4 --eval-every 0 --eval-tokens 64 --dtype float32".split()
+
+
+def test_a_task_trains_and_resumes_bit_for_bit(tmp_path, capsys):
+    """Induction of few symbols is learnt; the second half again is the same; the log and the end speak of accuracy."""
+    flags = [*TASK, "--data", "task:induction:length=8:symbols=3", "--batch-size", "16"]
+    flags += "--steps 120 --save-every 60 --eval-every 60 --eval-tokens 512".split()
+    for name in ("whole", "half"):
+        assert train.main([*flags, "--out", str(tmp_path / name)]) == 0
+    said = capsys.readouterr().out
+    for path in checkpoints(tmp_path / "half")[1:]:
+        os.rename(path, tmp_path / "later")
+    assert train.main(["--resume", str(tmp_path / "half")]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "half")
+    records = read_log(tmp_path / "whole" / "log.jsonl")
+    judged = [record for record in records if "accuracy" in record]
+    assert [record["step"] for record in judged] == [60, 120, 120] and judged[-1]["whole"]
+    assert all(record["chance"] == 1 / 3 and not {"loss", "bpb"} & record.keys() for record in judged)
+    assert judged[-1]["accuracy"] > 0.8 and judged[-1]["val_loss"] < 0.6 < judged[0]["val_loss"] + 0.6
+    assert losses(tmp_path / "whole")[0][1] == pytest.approx(math.log(4)), "nats a position that is asked; the head begins at 0"
+    assert "right (chance 33.3%)" in said and "bits per byte" not in said and "a sample" not in said
+    assert "inputs:  s" in said and "answers: s" in said and "model:   s" in said
+    assert (tmp_path / "half" / "curve.png").stat().st_size > 1000
+
+    first, last = (read_json(path / "progress.json")["loader"]["row"] for path in checkpoints(tmp_path / "whole"))
+    assert (first, last) == (60 * 16, 120 * 16)
+    saved = checkpoints(tmp_path / "whole")[-1]
+    config = read_json(saved / "config.json")
+    assert (config["seq_len"], config["vocab_size"]) == (8, 4) and not (saved / "tokenizer").exists()
+    longer = "task:induction:length=12:symbols=3"
+    assert train.main(["--resume", str(tmp_path / "half"), "--data", longer]) == 2
+    assert "loader state: task was Induction(length=8, symbols=3)" in capsys.readouterr().err
+    more = ["--weights", str(tmp_path / "whole"), "--data", longer, "--steps", "3", "--out", str(tmp_path / "more")]
+    assert train.main(more) == 0 and losses(tmp_path / "more")[0][1] < 1
+
+
+def test_processes_share_a_task_and_equal_one(tmp_path):
+    flags = [*TASK, "--data", "task:mqar:length=16:pairs=2:keys=8:values=8", "--steps", "6", "--batch-size", "8"]
+    assert train.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run(*flags, "--out", str(tmp_path / "two"), launcher=two)
+    assert train.main([*flags, "--out", str(tmp_path / "parts"), "--accumulate", "4"]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
+    for name in ("two", "parts"):
+        for (_, ours), (_, theirs) in zip(losses(tmp_path / "one"), losses(tmp_path / name), strict=True):
+            assert math.isclose(ours, theirs, rel_tol=1e-4)
+    assert losses(tmp_path / "one")[1:] != losses(tmp_path / "other")[1:]
+
+
+BAD_TASKS = {
+    "--data task:inducton": "unknown task 'inducton' (did you mean 'induction'?)",
+    "--data task:induction:lenght=8": "has no option 'lenght' (did you mean 'length'?)",
+    "--data task:induction:length=2": "length: 2 is too small",
+    "--data task:induction:length=8 --seq-len 16": "seq_len: 16 was given, but a sequence of task:induction:length=8 has 8",
+    "--data task:parity --tokenizer byte": "a task has words",
+    "--data task:parity --val-data x": "a task has words",
+    "--data task:parity --objective masked": "objective: a task asks for answers of its own",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_TASKS)
+def test_a_bad_task_is_one_line_and_status_2(flags, tmp_path, capsys):
+    assert train.main([*TASK, "--steps", "1", "--out", str(tmp_path / "run"), *flags.split()]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert BAD_TASKS[flags] in line and line.startswith("train.py: ") and not checkpoints(tmp_path / "run")

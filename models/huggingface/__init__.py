@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.checkpoint import load_weights, read_json, read_tensors, write_json, write_tensors
 from models.config import Config
-from models.huggingface import bert, bloom, gpt2, modernbert
+from models.huggingface import bert, bloom, gpt2, mamba, mamba2, modernbert
 from models.huggingface.llama import GEMMA2, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 from models.language_model import LanguageModel
 from nn.attention import GQA, MHA, MQA
@@ -28,6 +28,8 @@ FAMILIES = {
     "bloom": bloom,
     "bert": bert,
     "modernbert": modernbert,
+    "mamba": mamba,
+    "mamba2": mamba2,
 }
 SAME = {MHA: GQA, MQA: GQA, SwiGLU: GLU, GeGLU: GLU}  # names for settings of another class
 TIED = ("lm_head.weight", "decoder.weight", "cls.predictions.decoder.weight")  # the embedding, stored a second time
@@ -36,13 +38,19 @@ SHARD_BYTES = 5 * 10**9
 
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder holds a published model rather than one of our checkpoints."""
-    published = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    published = read_published(folder) if (folder / "config.json").is_file() else None
     return isinstance(published, dict) and "model_type" in published
+
+
+def read_published(folder: Path) -> dict:
+    """config.json, in the words of transformers."""
+    published = read_json(folder / "config.json")
+    return mamba.from_authors(published) if isinstance(published, dict) and mamba.is_authors(published) else published
 
 
 def read_config(folder: Path) -> Config:
     """The configuration of a published model as ours. ValueError where the family or an option of it is not known here."""
-    published = read_json(folder / "config.json")
+    published = read_published(folder)
     try:
         return Config.of(**family_of(published.get("model_type")).config_in(published))
     except KeyError as error:
@@ -52,7 +60,7 @@ def read_config(folder: Path) -> Config:
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A published model with its weights, on the CPU. ValueError naming a tensor that is missing, left over or misshapen."""
     config = read_config(folder)
-    family = family_of(read_json(folder / "config.json")["model_type"])
+    family = family_of(read_published(folder)["model_type"])
     with torch.device("meta"):
         model = LanguageModel(config)
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
@@ -75,7 +83,12 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
 
 def renamed(name: str) -> str:
-    """A tensor's name as it is today: gains and biases of BERT's first checkpoints are called gamma and beta."""
+    """A tensor's name as it is today: gains and biases of BERT's first checkpoints are called gamma and beta.
+
+    Mamba's authors call the embedding table `embedding`.
+    """
+    if name == "embedding.weight":
+        return "embeddings.weight"
     start, _, last = name.rpartition("LayerNorm.")
     return start + "LayerNorm." + {"gamma": "weight", "beta": "bias"}.get(last, last) if start else name
 

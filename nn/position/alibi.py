@@ -18,6 +18,7 @@ class ALiBi(NoPosition):
         """(heads,) float32: how much a score loses for each token of distance."""
         at_least(1, heads=heads)
         power = 1 << (heads.bit_length() - 1)  # the largest power of two up to `heads`
-        first = torch.arange(1, power + 1, dtype=torch.float64) / power
-        more = (torch.arange(heads - power, dtype=torch.float64) * 2 + 1) / (2 * power)
+        options = dict(dtype=torch.float64, device="cpu")  # numbers also for a model that is made without memory
+        first = torch.arange(1, power + 1, **options) / power
+        more = (torch.arange(heads - power, **options) * 2 + 1) / (2 * power)
         return (2 ** (-8 * torch.cat([first, more]))).float()

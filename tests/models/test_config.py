@@ -97,6 +97,7 @@ def test_any_json(values):
         (dict(depth=True), ["depth: True is not of type int"]), (dict(tie=1), ["tie: 1 is not of type bool"]),
         (dict(clip="1"), ["clip: '1' is not of type float"]), (dict(dim=2.0), ["dim: 2.0 is not of type int"]),
         (dict(model=None), ["model: None is not of type str"]),
+        (dict(embedding_norm="last"), ["embedding_norm: 'last' is not one of none, extra, first"]),
         (dict(norm_place="mid"), ["norm_place: 'mid' is not one of pre, scaled"]),
         (dict(init="zeros"), ["init: 'zeros' is not one of fan_in, gpt2"]),
         (dict(dtype="int8"), ["dtype: 'int8' is not one of auto"]),

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import PRESETS, Config, LanguageModel
-from models.describe import activation_bytes, describe, forward_flops, main, parameters, state_bytes
+from models.describe import activation_bytes, describe, forward_flops, main, parameters, state_bytes, training_flops
 from nn.norm import LayerNorm
 
 TINY = dict(vocab_size=31, dim=16, heads=2, depth=2, seq_len=64)
@@ -20,6 +20,13 @@ STACKS = {
     "spelled": dict(stack="(gqa mlp)*2 mqa swiglu:bias=true mlp", tie=True),
     "post-norm": dict(norm_place="post", norm="layernorm", position="sinusoidal", softcap=3.0),
     "nothing": dict(stack="none"),
+    "sandwich": dict(norm_place="sandwich", norm="layernorm"),
+    "bert": dict(model="gpt2", norm_place="post", embedding_norm="extra", head="transform", objective="masked", init="gpt2"),
+    "modernbert": dict(
+        norm="layernorm:bias=false", stem="", embedding_norm="first", ffn="geglu", head="transform:bias=false", tie=True,
+        mixer="gqa,gqa:theta=30", objective="masked",
+    ),
+    "bias of words": dict(head="linear:decoder_bias=true", softcap=3.0),
 }
 each = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
 
@@ -40,7 +47,7 @@ def counter() -> FlopCounterMode:
 @each
 @pytest.mark.parametrize("seq_len", [2, 7, 64])
 def test_flops(options, seq_len):
-    """The forward pass costs what was predicted, and training three times that.
+    """The forward pass costs what was predicted, and training three times that, where words have no bias.
 
     In bfloat16, because PyTorch's counter does not know the fused kernel that float32 takes on a CPU.
     """
@@ -50,7 +57,8 @@ def test_flops(options, seq_len):
     with counter() as training:
         model(tokens, tokens).backward()
     assert forward.get_total_flops() == forward_flops(model, seq_len)
-    assert training.get_total_flops() == 3 * forward_flops(model, seq_len)
+    assert training.get_total_flops() == training_flops(model, seq_len)
+    assert (training_flops(model, seq_len) == 3 * forward_flops(model, seq_len)) == (model.head.bias is None)
 
 
 def test_flops_at_256():
@@ -67,7 +75,11 @@ def test_parameters(options):
     model = make(options)
     counts = parameters(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert counts["embedding"] == 31 * 16 and counts["head"] == (0 if model.config.tie else 31 * 16)
+    own = [] if model.config.tie else [model.head.weight]
+    own += [p for name, p in model.named_parameters() if name == "head.bias" or name.startswith("transform.dense")]
+    assert counts["embedding"] == 31 * 16 and counts["head"] == sum(p.numel() for p in own)
+    norms = [p for name, p in model.named_parameters() if "norm." in name and not name.startswith("position")]
+    assert counts["norms"] == sum(p.numel() for p in norms)
     mixers = sum(p.numel() for s in model.stack if s.is_mixer for p in s.layer.parameters())
     assert mixers == sum(count for part, count in counts.items() if part.startswith("mixers"))
 
@@ -101,8 +113,8 @@ def test_activation_bytes(options, dtype):
     model = LanguageModel(config).to(dtype)
     sizes = [activation_bytes(config, length, dtype) for length in (16, 32, 64)]
     counted = [kept_for_backward(model, torch.zeros(1, length, dtype=torch.int64)) for length in (16, 32, 64)]
-    norms = sum(isinstance(module, LayerNorm) for module in model.modules())
-    copies = 2 * norms * config.dim * 4 if dtype == torch.bfloat16 else 0  # on a CPU: gain and bias in float32
+    norms = sum(p.numel() for module in model.modules() if isinstance(module, LayerNorm) for p in module.parameters())
+    copies = norms * 4 if dtype == torch.bfloat16 else 0  # on a CPU: gain and bias in float32
     assert counted == [size + copies for size in sizes]
     assert 0 < sizes[0] < sizes[1] < sizes[2] <= 16 * sizes[0]  # of order T to T^2
 

@@ -66,6 +66,47 @@ class Biased(NoPosition):
         return torch.sin((i - j).double() * torch.arange(1, heads + 1)[:, None, None])[None] if self.with_bias else None
 
 
+# What a layer of gqa has of its own
+
+
+@pytest.mark.parametrize("rope", ["rope:theta=900", "rope:theta=900:factor=8:original=16", "rope:theta=900:interleaved=1"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_rotary_base_of_its_own(rope, causal):
+    """A layer with theta is one of a model of that base, unstretched, beside layers that keep the model's in the same call."""
+    position, x, where = build(rope, POSITIONS, "position"), numbers(BATCH, TIME, DIM), context(causal=causal)
+    own = "rope:theta=30" + (":interleaved=1" if "interleaved" in rope else "")
+    found = [make(spec, position)(x, where) for spec in ("gqa", "gqa:theta=30", "gqa:theta=30", "gqa")]
+    expected = [make("gqa", kind)(x, context(causal=causal)) for kind in (rope, own, own, rope)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["none", "alibi", "learned:seq_len=9", "sinusoidal"])
+def test_a_rotary_base_needs_rope(position):
+    encoding = build(position, POSITIONS, "position", dim=DIM)
+    with pytest.raises(ValueError, match=f"^theta: a rotary base needs .* rope, not {type(encoding).__name__}$"):
+        make("gqa:theta=30", encoding)
+    with pytest.raises(ValueError, match="^theta: 0.5 is too small"):
+        make("gqa:theta=0.5", "rope")
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "t5"])
+@pytest.mark.parametrize("window", [1, 2, 4, TIME, 99])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_window_of_an_encoder(position, window, packed):
+    """|i - j| < window on both sides: what a token sees, from which others change it."""
+    mixer = make(f"gqa:window={window}", build(position, POSITIONS, "position", heads=HEADS))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * BATCH) if packed else None
+    x = numbers(BATCH, TIME, DIM).requires_grad_()
+    y = mixer(x, context(causal=False, documents=documents))
+    i = torch.arange(TIME)
+    near = (i[:, None] - i).abs() < window
+    near = near if documents is None else near & (documents[0][:, None] == documents[0])
+    for at in range(TIME):
+        (gradient,) = torch.autograd.grad(y[0, at].sum(), x, retain_graph=True)
+        assert torch.equal(gradient[0].abs().sum(-1) > 0, near[at])
+
+
 # What a position encoding adds to the scores
 
 

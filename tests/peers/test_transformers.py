@@ -39,6 +39,12 @@ LLAMAS = {
     "theta": dict(rope_parameters=dict(rope_type="default", rope_theta=777.0)),
     "llama3": dict(rope_parameters=LLAMA3),
 }
+BLOOMS = {
+    "plain": dict(),
+    "heads that are no power of two, eps": dict(n_head=6, layer_norm_epsilon=1e-3),
+    "one head, untied": dict(n_head=1, tie_word_embeddings=False),
+    "as it was split over GPUs": dict(n_head=3, pretraining_tp=2),
+}
 
 
 WINDOWED = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
@@ -65,6 +71,9 @@ def theirs(family: str, **options) -> nn.Module:
     if family == "gpt2":
         sizes = dict(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=48)
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | options, bos_token_id=0, eos_token_id=None))
+    elif family == "bloom":
+        sizes = dict(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None)
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes | options))
     else:
         sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
         sizes |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=None, pad_token_id=None)
@@ -81,7 +90,7 @@ def theirs(family: str, **options) -> nn.Module:
 
 ALL = [
     (family, name, options)
-    for family, cases in dict(gpt2=GPT2S, llama=LLAMAS, **RELATIVES).items()
+    for family, cases in dict(gpt2=GPT2S, llama=LLAMAS, bloom=BLOOMS, **RELATIVES).items()
     for name, options in cases.items()
 ]
 each = pytest.mark.parametrize(("family", "options"), [pytest.param(f, options, id=f"{f}: {name}") for f, name, options in ALL])
@@ -138,6 +147,8 @@ EXPORTED = [
     dict(model="llama-1m", mixer="gqa:kv_heads=2:bias=1:head_dim=10", ffn="swiglu:width=16:bias=yes", tie=False),
     dict(model="llama-1m", mixer="mqa", position="rope:theta=500:factor=8:original=16", norm="rmsnorm:eps=1e-3"),
     dict(model="llama-1m", mixer="mha:heads=2", position="rope"),
+    dict(model="gpt2", position="alibi", embedding_norm="extra", norm="layernorm:eps=1e-3"),
+    dict(model="gpt2", position="alibi", embedding_norm="extra", mixer="gqa:bias=true:heads=3", tie=False),
 ]
 
 
@@ -155,7 +166,7 @@ def test_ours_there(options, shard_bytes, tmp_path):
     huggingface.export(model, tmp_path, shard_bytes=shard_bytes)
     peer, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
-    peer.generation_config.eos_token_id = peer.config.eos_token_id = None
+    peer.generation_config.eos_token_id = peer.config.eos_token_id = None  # 2 in Bloom, if its file does not say
     assert_same(model, peer.eval())
     assert_same(huggingface.load(tmp_path), peer)
 
@@ -164,6 +175,14 @@ def test_ours_there(options, shard_bytes, tmp_path):
     "options",
     [
         dict(model="small"), dict(model="gpt2", mixer="mha"), dict(model="gpt2", position="rope"),
+        dict(model="gpt2", position="alibi"), dict(model="gpt2", position="alibi", embedding_norm="first"),
+        dict(model="gpt2", position="alibi", embedding_norm="extra", ffn="mlp:bias=true:activation=gelu"),
+        dict(model="gpt2", position="alibi", embedding_norm="extra", ffn="mlp:bias=true:activation=gelu_tanh:width=90"),
+        dict(model="gpt2", position="alibi", embedding_norm="extra", mixer="gqa:bias=true:window=9"),
+        dict(model="gpt2", position="alibi", embedding_norm="extra", objective="masked"),
+        dict(model="gpt2", embedding_norm="extra"), dict(model="gpt2", head="linear:decoder_bias=true"),
+        dict(model="llama-1m", head="transform"), dict(model="llama-1m", mixer="gqa:theta=100"),
+        dict(model="llama-1m", embedding_norm="first"),
         dict(model="gpt2", softcap=5.0), dict(model="llama-1m", mixer="gqa:value_embedding=true"),
         dict(model="gpt2", norm="layernorm:gain=false"), dict(model="gpt2", norm_place="post"),
         dict(model="llama-1m", norm_place="sandwich"), dict(model="llama-1m", embedding_scale=2.0),
@@ -181,7 +200,7 @@ def test_what_no_family_holds(options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_bfloat16(family, tmp_path):
     theirs(family).to(torch.bfloat16).save_pretrained(tmp_path)
     kept, widened = huggingface.load(tmp_path, dtype=torch.bfloat16), huggingface.load(tmp_path)
@@ -219,6 +238,10 @@ def complaint(folder) -> str:
         ("gpt2", dict(n_layer=...), ["config.json: n_layer is missing"]),
         ("gpt2", dict(n_embd="wide"), ["dim: 'wide' is not of type int"]),
         ("gpt2", dict(n_head=5), ["heads: a dim of 24 does not divide into 5 heads"]),
+        ("bloom", dict(apply_residual_connection_post_layernorm=True), ["post_layernorm = True is not supported"]),
+        ("bloom", dict(n_head=...), ["config.json: num_attention_heads is missing"]),
+        ("bloom", dict(n_head=5), ["heads: a dim of 24 does not divide into 5 heads"]),
+        ("bloom", dict(n_layer=3), ["'h.2.input_layernorm.weight' is missing"]),
         ("llama", dict(hidden_act="gelu"), ["hidden_act = 'gelu' is not supported, only silu"]),
         ("llama", dict(pretraining_tp=2), ["pretraining_tp = 2 is not supported"]),
         ("llama", dict(rope_scaling=dict(rope_type="yarn", factor=4.0)),
@@ -241,7 +264,7 @@ def test_unsupported_options(family, changes, parts, tmp_path):
         assert part in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_tensors_missing_left_over_or_misshapen(family, tmp_path):
     theirs(family).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -260,7 +283,7 @@ def test_tensors_missing_left_over_or_misshapen(family, tmp_path):
         good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3), "transformer.h.0.attn.bias": torch.zeros(3)},
         path,
     )
-    assert ("inv_freq" in complaint(tmp_path)) == (family == "gpt2")
+    assert ("inv_freq" in complaint(tmp_path)) == (family != "llama")
     path.write_bytes(path.read_bytes()[:-100])
     assert "not a readable safetensors file" in complaint(tmp_path)
     path.unlink()
@@ -280,6 +303,18 @@ def test_shards_that_lie(tmp_path):
     edit_json(index, weight_map=good)
     (tmp_path / first).unlink()
     assert first in complaint(tmp_path)
+
+
+def test_bloom_as_it_was_published(tmp_path):
+    """No prefix before the names, and sizes under their longer or older names."""
+    peer = theirs("bloom")
+    peer.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}, path)
+    sizes = dict(num_attention_heads=4, n_embed=24, num_hidden_layers=2, seq_length=77)
+    edit_json(tmp_path / "config.json", n_head=..., hidden_size=..., n_layer=..., **sizes)
+    assert_same(huggingface.load(tmp_path), peer)
+    assert read_config(tmp_path).seq_len == 77
 
 
 def test_config_as_older_files_write_it(tmp_path):
