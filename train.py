@@ -110,8 +110,9 @@ def train(config: Config, resumed: Path | None) -> int:
     saved = resumed or (Path(config.weights) if config.weights else None)
     if not saved:
         config = replace(config, vocab_size=objective.vocabulary(ids))
-    elif ids > config.vocab_size:
-        raise ValueError(f"{'data' if task else 'tokenizer'}: it has {ids} ids, the weights know only {config.vocab_size}")
+    elif objective.vocabulary(ids) > config.vocab_size:
+        name, needed = "data" if task else "tokenizer", objective.vocabulary(ids)
+        raise ValueError(f"{name}: it needs {needed} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
     optimizer = build_optimizer(config, model)
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")

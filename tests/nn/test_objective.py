@@ -163,13 +163,20 @@ def test_masking_follows_its_seed():
     assert torch.equal(draw(0, 1), draw(0, 1)) and not torch.equal(draw(0, 1), draw(1, 0))
 
 
+def test_a_mask_of_the_vocabulary():
+    text = torch.arange(200, 260).view(3, 20)
+    added, own = (MaskedTokens(rate=0.5, mask=mask)(text, text, 300, (0,))[0] for mask in (None, 103))
+    assert (added == 300).any() and torch.equal(own, added.where(added != 300, 103))
+
+
 def test_room_for_the_mask():
+    assert [MaskedTokens(mask=103).vocabulary(size) for size in (60, 30522)] == [104, 30522]
     assert [MaskedTokens().vocabulary(size) for size in (1, 63, 64, 30522)] == [64, 64, 128, 30528]  # the last as MosaicBERT
 
 
-@pytest.mark.parametrize("options", [dict(rate=0), dict(rate=1.5), dict(keep=-0.1), dict(keep=0.6, random=0.6)])
+@pytest.mark.parametrize("options", [dict(rate=0), dict(rate=1.5), dict(keep=-0.1), dict(keep=0.6, random=0.6), dict(mask=-1)])
 def test_bad_shares(options):
-    with pytest.raises(ValueError, match="^(rate|keep): "):
+    with pytest.raises(ValueError, match="^(rate|keep|mask): "):
         MaskedTokens(**options)
 
 
