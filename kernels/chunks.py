@@ -1,7 +1,8 @@
-"""The PyTorch path of kernels/linear_attention.py: all chunks at once, as products of matrices.
+"""The PyTorch path of kernels/linear_attention.py: many chunks at once, as products of matrices.
 
 Within a chunk every query meets every key; between chunks goes the state. Heads that share queries and keys share the
-products with them: their values stand side by side, as columns of one matrix.
+products with them: their values stand side by side, as columns of one matrix. A long sequence goes in segments, so that
+what is made on the way stays small.
 """
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import power_of_2
+
+SEGMENT = 1024  # times
 
 # B batch, T time, H heads, G groups of R heads that share q and k, n chunks of L times, D key dim, V value dim
 
@@ -70,11 +73,11 @@ class Chunks:
     Every exponent is a sum of its own, not a difference of longer sums, which would lose the digits of the small ones.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float, L: int):
         (self.T, self.H), self.G = v.shape[1:3], q.shape[2]
         self.scale, self.wide = scale, torch.promote_types(v.dtype, torch.float32)
         self.gate = 0 if g is None else g.ndim - 2
-        L = self.L = chunk_length(self.T, self.gate)
+        self.L, self.n = L, -(-self.T // L)
         self.q, self.k = (chunked(x.to(self.wide), L) for x in (q, k))
         self.v = self.by_head(v)
         self.seen = self.left = self.through = self.v.new_ones(())  # decays to a time, from it on, and through the chunk
@@ -134,9 +137,12 @@ class Chunks:
         return P.unsqueeze(3).mul_(self.w)
 
     def scores_backward(self, P: Tensor, dP: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k and g, from the scores and their gradient."""
-        pairs = before((P * dP).mT).mT.tril_().sum(-2).unsqueeze(-1) if self.gate == 1 else None  # i >= t > j
-        dP = (dP * self.w).sum(3)
+        """Gradients of q, k and g, from the scores and their gradient, which are overwritten."""
+        pairs = None
+        if self.gate == 1:  # the sum over i >= t > j
+            earlier = torch.ones(self.L, self.L, dtype=self.wide, device=P.device).triu(1)
+            pairs = (P.mul_(dP) @ earlier).tril_().sum(-2).unsqueeze(-1)
+        dP = dP.mul_(self.w).sum(3)
         if self.gate < 2:
             return dP @ self.k, dP.mT @ self.q, pairs
         own = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -202,12 +208,27 @@ class Chunks:
         return dq, dk, self.out(dv), dg, self.to_heads(dinitial)
 
 
+def segment(start: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float) -> Chunks:
+    """SEGMENT times of a call from `start` on, with chunks of the length that all of it has."""
+    L = chunk_length(v.shape[1], 0 if g is None else g.ndim - 2)
+    now = slice(start, start + SEGMENT)
+    if runs is not None:  # the state that comes in belongs to the run 0
+        runs = runs[:, now] - (runs[:, start - 1 : start] if start else 0)
+    return Chunks(q[:, now], k[:, now], v[:, now], g if g is None else g[:, now], runs, scale, L)
+
+
 @torch.library.custom_op("rosetta::linear_attention", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor, runs: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the states that the chunks begin with, and the last state."""
-    return Chunks(q, k, v, g, runs, scale).forward(initial)
+    o, states, S = [], [], initial
+    with torch.autocast(v.device.type, enabled=False):  # products are of float32 inside
+        for start in range(0, max(1, v.shape[1]), SEGMENT):
+            made, begun, S = segment(start, q, k, v, g, runs, scale).forward(S)
+            o.append(made)
+            states.append(begun)
+    return torch.cat(o, 1), torch.cat(states, 2), S
 
 
 @attend.register_fake
@@ -222,7 +243,15 @@ def attend_backward(
     do: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, states: Tensor, runs: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g (of no shape without it) and the initial state."""
-    return Chunks(q, k, v, g, runs, scale).backward(do, dS, states)
+    found = []
+    with torch.autocast(v.device.type, enabled=False):
+        for start in reversed(range(0, max(1, v.shape[1]), SEGMENT)):
+            chunks = segment(start, q, k, v, g, runs, scale)
+            begun = states[:, :, start // chunks.L :][:, :, : chunks.n]
+            *grads, dS = chunks.backward(do[:, start : start + SEGMENT], dS, begun)
+            found.insert(0, grads)
+    dq, dk, dv, dg = (torch.cat(parts, 1) if parts[0].ndim else parts[0] for parts in zip(*found, strict=True))
+    return dq, dk, dv, dg, dS
 
 
 @attend_backward.register_fake

@@ -1,3 +1,5 @@
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from nn.ssm.common import (
     refuse_encoder,
     set_steps,
     set_taps,
+    without_autocast,
 )
 
 # B batch, T time, C model dim, E = expand C channels, N state, W taps
@@ -31,8 +34,8 @@ class S4D(nn.Module):
         h_t = exp(d A) h_{t-1} + d B u_t,   y_t = C . h_t + D u_t
 
     Because they are constants this is a convolution, y = K * u with K_k = sum_n C exp(k d A) d B, and is done as one, by
-    FFT: 2.5 times as fast as the scan on a CPU. What an earlier state adds to y_t is C exp((t + 1) d A) h. Documents of a
-    row are set apart into rows of their own first.
+    FFT: on a CPU 1.5 to 3 times as fast as the scan for 256 to 1024 tokens. What an earlier state adds to y_t
+    is C exp((t + 1) d A) h. Documents of a row are set apart into rows of their own first.
 
     A is real and begins with -1 … -N ("S4D-Real"), B with 1, C normal, D with 1, step sizes between 0.001 and 0.1.
     Shapes: x (B, T, C) -> (B, T, C). The decoding state is (W - 1 + N) E numbers whatever the length. ValueError if asked
@@ -73,12 +76,13 @@ class S4D(nn.Module):
         before = None if state is None else state.inputs.to(u.dtype)
         u, last = causal_conv1d(u, self.taps, self.taps_bias, activation="silu", initial_state=before, documents=documents)
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        if documents is None:
-            y, h = self.convolve(wide, None if state is None else state.h)
-        else:
-            rows, places = apart(documents)
-            alone = wide.new_zeros(int(rows.max()) + 1, int(places.max()) + 1, self.inner)
-            y = self.convolve(alone.index_put((rows, places), wide), None)[0][rows, places]
+        with without_autocast(x.device):
+            if documents is None:
+                y, h = self.convolve(wide, None if state is None else state.h)
+            else:
+                rows, places = apart(documents)
+                alone = wide.new_zeros(int(rows.max()) + 1, int(places.max()) + 1, self.inner)
+                y = self.convolve(alone.index_put((rows, places), wide), None)[0][rows, places]
         if state is not None:
             state.update(last, h)
         y = y + self.D * wide
@@ -89,13 +93,12 @@ class S4D(nn.Module):
         T = u.shape[1]
         step = F.softplus(self.dt_bias.to(u.dtype))[:, None]  # (E, 1)
         decay, into = step * negative_exp(self.A_log), step * self.B  # (E, N) each
-        powers = torch.exp(torch.arange(T + 1, device=u.device)[:, None, None] * decay)  # (T + 1, E, N)
-        kernel = (powers[:T] * (into * self.C)).sum(-1)  # (T, E)
         points = max(2, 2 * T)  # twice the length: the end of a circle must not reach its start
-        y = torch.fft.rfft(u, points, dim=1) * torch.fft.rfft(kernel, points, dim=0)
-        y = torch.fft.irfft(y, points, dim=1)[:, :T]
+        y = torch.fft.rfft(u.mT.contiguous(), points) * torch.fft.rfft(kernel(decay, into * self.C, T), points)
+        y = torch.fft.irfft(y, points)[..., :T].mT
         if h is None:
             return y, None
+        powers = torch.exp(torch.arange(T + 1, device=u.device)[:, None, None] * decay)  # (T + 1, E, N)
         y = y + torch.einsum("ben,ten->bte", h, powers[1:] * self.C)
         return y, powers[T] * h + torch.einsum("bte,ten->ben", u, powers[:T].flip(0) * into)
 
@@ -111,6 +114,17 @@ class S4D(nn.Module):
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of the short convolution and of the two FFTs of 2 T real points each, 2.5 n log2 n."""
         return queries * self.inner * (2 * self.conv + 10 * (2 * queries).bit_length())
+
+
+def kernel(decay: Tensor, weight: Tensor, T: int) -> Tensor:
+    """sum_n weight exp(k decay) for k < T, (E, T), of decay and weight (E, N).
+
+    With k = i L + j each power is a product of two, so that few exponentials are taken, and the sum is a product of matrices.
+    """
+    L = max(1, math.isqrt(T))
+    near, far = (torch.arange(count, device=decay.device) for count in (L, -(-T // L)))
+    near, far = torch.exp(decay[..., None] * near), torch.exp(decay[..., None] * (L * far))  # (E, N, L), (E, N, T / L)
+    return ((weight[..., None] * far).mT @ near).flatten(1)[:, :T]
 
 
 def apart(documents: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from kernels import chunks
 from kernels.linear_attention import SPEC, linear_attention, pytorch, retention, step
-from tests.kernels.contract import check, interpreted, seeded
+from tests.kernels.contract import arguments, check, evaluate, interpreted, seeded
 
 B, T, H, D, V = 2, 11, 4, 6, 5
 GOOD = dict(q=torch.randn(B, T, H, D), k=torch.randn(B, T, H, D), v=torch.randn(B, T, H, V), g=-torch.rand(B, T, H, D))
@@ -118,6 +119,26 @@ def test_everything_at_once(path, gate):
 @pytest.mark.parametrize("gate", ["time", "channel"])
 def test_long_sequences_cross_chunks(gate):
     check(SPEC, everything(150, 2, gate, 0.1) | dict(documents=None), torch.float32, "torch")
+
+
+@pytest.mark.parametrize("gate", ["none", "time", "channel"])
+@pytest.mark.parametrize("T", [64, 65, 150])
+def test_segments_are_one(gate, T, monkeypatch):
+    """A sequence longer than a segment of the PyTorch path, with documents that end where segments do and elsewhere."""
+    monkeypatch.setattr(chunks, "SEGMENT", 64)
+    case = everything(T, 2, gate, 0.1)
+    check(SPEC, case, torch.float64, "torch")
+    check(SPEC, case | dict(documents=np.repeat([[4, 2, 7]], [40, 24, T - 64], axis=1)), torch.float64, "torch")
+
+
+@pytest.mark.parametrize("gate", ["none", "time", "channel"])
+def test_autocast_changes_nothing(gate):
+    """Its products are of float32, whatever those around it are."""
+    call, found = arguments(SPEC, everything(40, 1, gate, 0.5), torch.float32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(evaluate(linear_attention, SPEC, call)[0])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("gate", ["time", "channel"])

@@ -226,6 +226,7 @@ def test_initial_values(mixer, init):
             assert 1 <= decays.min() < 3 and 12 < decays.max() <= 16 and abs(decays.mean() - 8.5) < 2.5
         else:
             torch.testing.assert_close(decays, torch.arange(1, 17).float().expand_as(decays))
+            assert steps.max() > -1.01  # of 1024 or more, the largest is close to 0.1
         assert torch.equal(part.D, torch.ones_like(part.D)) and 0.49 < part.taps.abs().max() <= 0.5
         if hasattr(part, "dt"):
             assert 0.12 < part.dt.weight.abs().max() <= 0.125  # 1 / sqrt of the rank, 64
