@@ -48,9 +48,16 @@ class MHE(nn.Module):
         self.attend = Attend(position, heads, self.head_dim**-0.5)
         self.query, self.key, self.value = (Linear(dim, self.head_dim, bias=False) for _ in range(3))
         self.query_heads, self.key_heads, self.value_heads = (
-            nn.Parameter(0.5 * torch.randn(heads, self.head_dim)) for _ in range(3)
+            nn.Parameter(torch.empty(heads, self.head_dim)) for _ in range(3)
         )
         self.out = output_projection(heads * self.head_dim, dim)
+        self.own_init()
+
+    @torch.no_grad()
+    def own_init(self, generator: torch.Generator | None = None) -> None:
+        """Head embeddings normal of standard deviation 0.5, whatever the initialisation of the other weights."""
+        for embeddings in (self.query_heads, self.key_heads, self.value_heads):
+            nn.init.normal_(embeddings, std=0.5, generator=generator)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = (u[:, :, None] for u in project(x, self.query, self.key, self.value))  # (B, T, 1, D)

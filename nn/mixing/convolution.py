@@ -1,5 +1,3 @@
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +8,7 @@ from nn.context import Context
 from nn.linear import Linear, output_projection
 
 # B batch, T time, C model dim, E = expand C inner channels, W taps
+
 
 class ConvMixer(nn.Module):
     """Inverted separable convolution: y = W_down conv(star_relu(W_up x)), conv depthwise over the last W tokens.
@@ -32,8 +31,14 @@ class ConvMixer(nn.Module):
         self.inner, self.width = expand * dim, width
         self.up = Linear(dim, self.inner, bias=False)
         self.star_scale, self.star_bias = (nn.Parameter(torch.tensor([value])) for value in STAR)
-        self.taps = nn.Parameter(torch.empty(self.inner, width).uniform_(-1, 1) / math.sqrt(width))
+        self.taps = nn.Parameter(torch.empty(self.inner, width))
         self.down = output_projection(self.inner, dim)
+        self.own_init()
+
+    @torch.no_grad()
+    def own_init(self, generator: torch.Generator | None = None) -> None:
+        """Taps uniform within 1 / sqrt(W), whatever the initialisation of the other weights."""
+        nn.init.uniform_(self.taps, -(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not context.causal:

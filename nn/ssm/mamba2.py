@@ -20,7 +20,6 @@ from nn.ssm.common import (
     refuse_encoder,
     set_steps,
     set_taps,
-    without_autocast,
 )
 
 # B batch, T time, C model dim, E = expand C channels, H heads of P channels, G groups of heads, N state, W taps
@@ -104,8 +103,7 @@ class Mamba2(nn.Module):
         if self.dt_min > 0 or self.dt_max < math.inf:
             d = d.to(torch.promote_types(d.dtype, torch.float32)) + self.dt_bias
             d, options = F.softplus(d).clamp(self.dt_min, self.dt_max), {}
-        with without_autocast(x.device):  # inside, its products are of float32
-            y, h = ssd(X, d, negative_exp(self.A_log), B, C, self.D, initial_state=h, documents=documents, **options)
+        y, h = ssd(X, d, negative_exp(self.A_log), B, C, self.D, initial_state=h, documents=documents, **options)
         if state is not None:
             state.update(last, h)
         y = glu(z, y.flatten(2), activation="silu").unflatten(-1, (G, -1))  # (B, T, G, E / G)

@@ -12,6 +12,7 @@ from models.convert_norm import convert
 from models.describe import parameters
 from models.fold_norm import fold
 from models.remove_norms import with_fake_norms
+from models.stack import MIXERS
 from models.weights import load_model, save_model
 
 PUBLISHED = {
@@ -71,6 +72,16 @@ def test_same_seed_same_weights(model, init):
         torch.equal(one[name], tensor)
         for name, tensor in build_model(Config.of(model=model, init=init, **TINY), seed=1).state_dict().items()
     )
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_seed_decides_every_weight_of_every_mixer(mixer):
+    config = Config.of(mixer=mixer, position="none", ffn="mlp", **TINY)
+    states = []
+    for program in (1, 2):
+        torch.manual_seed(program)
+        states.append(build_model(config, seed=7).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_gpt2_initialisation():
