@@ -12,6 +12,7 @@ With gates a channel the exponential does not leave the product, and exp(-c_j) a
 relative to sub-chunks. Here the chunk is halved again and again: between the later and the earlier half of a block c is
 taken relative to the middle, q exp(c_i - c_m) and k exp(c_m - c_j), so that all exponents are at most 0 and all is matmuls.
 With documents, runs of equal numbers, the state is dropped at a run's first time; the initial state belongs to the first.
+The Triton path is kernels/chunk_kernels.py, the PyTorch path kernels/chunks.py.
 
 With B T H rows of D and V numbers of b bytes (log2 L more products of L D with gates a channel):
     forward    2 B T H (L (D + V) / 2 + 2 D V) FLOPs      B T H (2 D + 2 V) b + 8 B T H D V / L bytes moved

@@ -6,7 +6,8 @@
 
 Gu and Dao 2023, "Mamba" (arXiv:2312.00752), eq. 2 and section 3.2, discretised as in the authors' code. The scan stores h
 at the borders of chunks of K times only; the backward pass computes the others again (section 3.3.2). With documents, runs
-of equal numbers, exp(d_t A) is 0 at a run's first time; the initial state belongs to the first run.
+of equal numbers, exp(d_t A) is 0 at a run's first time; the initial state belongs to the first run. The PyTorch path is
+kernels/scan_chunks.py.
 
 With B T D numbers of b bytes in u (exp counted as 1):
     forward    6 B T D N FLOPs       (3 + z) B T D b + 2 B T N b + 4 B T D N / K bytes moved: u, delta, z, B, C; y; borders
