@@ -20,7 +20,6 @@ from models import Config, LanguageModel, build_model
 from models.score import bits_per_byte, posed
 from nn.objective import MaskedTokens
 from nn.position import ALiBi
-from train import build_optimizer
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -31,18 +30,6 @@ def encoder(mixer: str, *, vocab_size: int, dim: int = 64, heads: int = 4, depth
     sizes = dict(vocab_size=vocab_size, dim=dim, heads=heads, depth=depth, stem="", tie=False)
     parts = dict(mixer=mixer, ffn="geglu", norm="layernorm", position=position, objective="masked")
     return build_model(Config.of(**sizes, **parts, **RATES))
-
-
-def learn(model: LanguageModel, batches, steps: int) -> None:
-    """Train on `steps` batches of (inputs, targets), both (B, T); a target of -100 does not count."""
-    optimizer = build_optimizer(model.config, model)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (1 - step / steps)
-        inputs, targets = next(batches)
-        (model(inputs, targets) / (targets >= 0).sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 # %% [markdown]
@@ -85,7 +72,7 @@ def judged(model: LanguageModel) -> float:
 BY_RATE = {}
 for rate in (0.05, 0.15, 0.3, 0.6):
     model = encoder("gqa", vocab_size=V, position="alibi")
-    learn(model, hidden(rate), steps=110)
+    lectern.learn(model, hidden(rate), steps=110)
     BY_RATE[rate] = judged(model)
     print(f"{rate:4.0%} hidden in training: {BY_RATE[rate]:.3f} bits per byte of a hidden byte")
 assert min(BY_RATE[0.15], BY_RATE[0.3]) < BY_RATE[0.05]
@@ -147,7 +134,7 @@ for name, spec in {
     "all three": "deberta",
 }.items():  # fmt: skip
     model = encoder(spec, vocab_size=64, dim=32, depth=1, position="relative:span=8", heads=2)
-    learn(model, three_before(), steps=150)
+    lectern.learn(model, three_before(), steps=150)
     FOUND[name] = accuracy(model, three_before())
     print(f"  {name:14}{FOUND[name]:6.1%}")
 assert FOUND["content alone"] < 0.25 < 0.9 < min(FOUND["and c2p"], FOUND["all three"])
@@ -194,7 +181,7 @@ for name, (spec, short) in READERS.items():
     torch.manual_seed(1)
     model = encoder(spec, vocab_size=64, dim=32, heads=2)
     batches = shortened(records(), 48) if short else records()
-    learn(model, batches, steps=200)
+    lectern.learn(model, batches, steps=200)
     READ[name] = accuracy(model, batches, count=16)
     print(f"  {name:20}{READ[name]:6.1%}")
 assert READ["window of 16"] < 0.65 and 0.6 < READ["first third, full"] < 0.85

@@ -19,24 +19,10 @@ from data import Loader, load, load_tokenizer, windows
 from kernels.glu import activate
 from models import Config, LanguageModel, build_model
 from models.score import bits_per_byte
-from train import build_optimizer
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
 RATES = dict(optimizer="muon:lr=0.02", rest_optimizer="adamw:lr=0.01:betas=0.8+0.95", embedding_lr=0.05)
-
-
-def learn(model: LanguageModel, batches, steps: int) -> None:
-    """Train on `steps` batches of (inputs, targets), both (B, T); a target of -100 does not count."""
-    optimizer = build_optimizer(model.config, model)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * (1 - step / steps)
-        inputs, targets = next(batches)
-        (model(inputs, targets) / (targets >= 0).sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
 
 # %% [markdown]
 # ## Which mixer?
@@ -66,7 +52,7 @@ for name, mixer in {
     "convolution, then attention": "conv,gqa",
 }.items():  # fmt: skip
     MODELS[name] = model = build_model(Config.of(**FIELDS, mixer=mixer, ffn="mlp", norm="layernorm", **RATES))
-    learn(model, text(), steps=150)
+    lectern.learn(model, text(), steps=150)
     LADDER[name] = judged(model)
     print(f"{name:28}{LADDER[name]:6.3f} bits per byte, {sum(p.numel() for p in model.parameters()):8,} parameters")
 assert LADDER["random"] < LADDER["identity"] and LADDER["attention"] < LADDER["random"] - 0.1
@@ -86,7 +72,7 @@ star = activate(x, activation="star_relu")
 print(f"StarReLU of normal numbers: mean {star.mean():.4f}, variance {star.var():.4f}")
 assert abs(star.mean()) < 0.01 and abs(star.var() - 1) < 0.02 and round(100 * (14 - 4) / 14) == 71
 model = build_model(Config.of(**FIELDS, mixer="gqa", ffn="mlp:activation=star_relu", norm="layernorm", **RATES))
-learn(model, text(), steps=150)
+lectern.learn(model, text(), steps=150)
 LADDER["attention, StarReLU"] = judged(model)
 print(f"attention with StarReLU {LADDER['attention, StarReLU']:.3f}, with GELU {LADDER['attention']:.3f}")
 assert abs(LADDER["attention, StarReLU"] - LADDER["attention"]) < 0.15
@@ -139,7 +125,7 @@ for depth, heads in ((4, 2), (2, 4), (1, 8)):
     for task, steps in ((majority, 120), (behind_x, 320)):
         torch.manual_seed(0)
         model = build_model(config)
-        learn(model, task(), steps)
+        lectern.learn(model, task(), steps)
         WIDE[name].append(accuracy(model, task()))
     parts = ([s.layer for s in model.stack if s.is_mixer == kind] for kind in (True, False))
     attention, rest = (sum(p.numel() for layer in layers for p in layer.parameters()) for layers in parts)

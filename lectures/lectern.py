@@ -1,4 +1,5 @@
-"""What every lecture stands on: the house on the import path, threads that wait quietly, and a place for its figure.
+"""What every lecture stands on: the house on the import path, threads that wait quietly, a short training loop, and a place
+for its figure.
 
 `python lectures/NN_name.py` puts this folder on the path, not the one above it; importing this module adds that one.
 Import it before torch.
@@ -20,3 +21,20 @@ def save_figure(figure, name: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def learn(model, batches, steps: int, *, warmup: float = 0.0) -> None:
+    """Train on `steps` batches that begin with inputs and targets, both (B, T); a target of -100 does not count.
+
+    The learning rates rise over a share `warmup` of the steps and fall on a straight line to zero.
+    """
+    from train import build_optimizer
+
+    optimizer = build_optimizer(model.config, model)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * (1 - step / steps) * min(1, (step + 1) / max(1, warmup * steps))
+        inputs, targets = next(batches)[:2]
+        (model(inputs, targets) / (targets >= 0).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()

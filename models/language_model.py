@@ -45,7 +45,8 @@ class LanguageModel(nn.Module):
         specs = parse_stack(config.stack or config.stem)
         specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         self.specs = specs
-        offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size)
+        numbers = layer_numbers(specs)
+        offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size, layers=max(numbers, default=1))
         place = dict(place=config.norm_place, sublayers=len(specs))
         bare = config.embedding_norm == "first"  # the first sublayer
         if bare and config.norm_place not in ("pre", "scaled"):
@@ -53,8 +54,8 @@ class LanguageModel(nn.Module):
         norms = ["none" if bare and i == 0 else config.norm for i in range(len(specs))]
         self.embedding_norm = nn.Identity() if config.embedding_norm == "none" else build(config.norm, NORMS, "norm", dim)
         self.stack = nn.ModuleList(
-            Residual(make_sublayer(spec, SUBLAYERS, dim, **offered), dim, norm=norm, number=number, **place)
-            for spec, norm, number in zip(specs, norms, layer_numbers(specs), strict=True)
+            Residual(make_sublayer(spec, SUBLAYERS, dim, layer=number, **offered), dim, norm=norm, number=number, **place)
+            for spec, norm, number in zip(specs, norms, numbers, strict=True)
         )
         self.final_norm = nn.Identity() if ends_normed(config.norm_place) else build(config.norm, NORMS, "norm", dim)
         self.transform = build(config.head, HEADS, "head", dim=dim, norm=config.norm)

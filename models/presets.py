@@ -33,6 +33,18 @@ def _mamba(mixer: str, depth: int, dim: int, *, vocab_size: int, seq_len: int = 
     )  # fmt: skip
 
 
+def _transnormer(depth: int, dim: int, heads: int, width: int, *, vocab_size: int = 64000, seq_len: int = 2048) -> dict:
+    """Qin et al. 2023, "Scaling TransNormer to 175 Billion Parameters" (arXiv:2307.14995): sizes of the released models.
+
+    They weight the channels of the first layer by cosines where this turns pairs; how long their texts were is a guess.
+    """
+    return dict(
+        mixer="lightning:slopes=alibi", ffn=f"sglu:width={width}", norm="srmsnorm", position="rope:interleaved=true",
+        depth=depth, dim=dim, heads=heads, vocab_size=vocab_size, seq_len=seq_len, tie=True, embedding_scale=dim**0.5,
+        init="gpt2", softcap=0.0,
+    )  # fmt: skip
+
+
 STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
@@ -69,4 +81,7 @@ PRESETS: dict[str, dict] = {
         norm="rmsnorm:eps=1e-5", position="none",
         dim=256, heads=4, vocab_size=4096, seq_len=256, tie=True, init="fan_in", softcap=0.0,
     ),
+    "transnormer": _transnormer(6, 256, 4, 704, vocab_size=4096, seq_len=256) | dict(init="fan_in", embedding_scale=1.0),
+    "transnormer-385m": _transnormer(24, 1024, 8, 2816),
+    "transnormer-1b": _transnormer(16, 2048, 16, 5632),
 }  # fmt: skip

@@ -12,11 +12,12 @@ from models.residual import BESIDE
 from nn.attention import ATTENTION
 from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
+from nn.linear_attention import LINEAR_ATTENTION
 from nn.mixing import MIXING
 from nn.spec import resolve
 from nn.ssm import SSM
 
-MIXERS = {**ATTENTION, **SSM, **MIXING, **EMBEDDINGS}
+MIXERS = {**ATTENTION, **SSM, **LINEAR_ATTENTION, **MIXING, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")
 

@@ -1,6 +1,6 @@
 """Feed-forward layers `(x, context) -> y`."""
 
-from nn.ffn.glu import GLU, GeGLU, SwiGLU
+from nn.ffn.glu import GLU, SGLU, GeGLU, SwiGLU
 from nn.ffn.mlp import MLP
 
 FFNS = {
@@ -8,4 +8,5 @@ FFNS = {
     "glu": GLU,
     "swiglu": SwiGLU,
     "geglu": GeGLU,
+    "sglu": SGLU,
 }

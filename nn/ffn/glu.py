@@ -23,7 +23,7 @@ class GLU(nn.Module):
         dim: int,
         *,
         width: int | None = None,
-        activation: Literal["sigmoid", "silu", "gelu", "gelu_tanh", "relu"] = "sigmoid",
+        activation: Literal["sigmoid", "silu", "gelu", "gelu_tanh", "relu", "identity"] = "sigmoid",
         bias: bool = False,
     ):
         super().__init__()
@@ -36,7 +36,7 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate, up = project(x, self.gate, self.up)
-        return self.down(glu(gate, up, activation=self.activation))
+        return self.down(gate * up if self.activation == "identity" else glu(gate, up, activation=self.activation))
 
 
 class SwiGLU(GLU):
@@ -51,3 +51,13 @@ class GeGLU(GLU):
 
     def __init__(self, dim: int, *, width: int | None = None, approximate: bool = False, bias: bool = False):
         super().__init__(dim, width=width, activation="gelu_tanh" if approximate else "gelu", bias=bias)
+
+
+class SGLU(GLU):
+    """The gated layer without a nonlinearity: a product of two linear maps. Qin et al. 2023 (arXiv:2307.14995), section 3.1.
+
+    Also known as the bilinear layer of Shazeer 2020 (arXiv:2002.05202).
+    """
+
+    def __init__(self, dim: int, *, width: int | None = None, bias: bool = False):
+        super().__init__(dim, width=width, activation="identity", bias=bias)

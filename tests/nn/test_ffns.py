@@ -27,6 +27,7 @@ FORMULAS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
 GATES = {name: FORMULAS[name] for name in ("silu", "gelu", "gelu_tanh", "relu")} | {"sigmoid": lambda x: 1 / (1 + np.exp(-x))}
+GATES["identity"] = lambda x: x
 
 
 def mlp(x, p, activation="gelu"):
@@ -40,6 +41,7 @@ def glu(x, p, activation="sigmoid"):
 
 REFERENCES = {
     "mlp": mlp, "glu": glu, "swiglu": partial(glu, activation="silu"), "geglu": partial(glu, activation="gelu"),
+    "sglu": partial(glu, activation="identity"),
 }  # fmt: skip
 SPECS = [spec + bias for spec in [*FFNS, "mlp:width=5"] for bias in ("", ":bias=true")]
 each = pytest.mark.parametrize("spec", SPECS)
