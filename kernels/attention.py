@@ -134,8 +134,7 @@ def fused_is_faster(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
 
 def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     """PyTorch's kernel for CPUs: what scaled_dot_product_attention takes there, but in the dtype of q under autocast too."""
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = dense(q), *(dense(x if groups == 1 else x.repeat_interleave(groups, 1)) for x in (k, v))
+    q, k, v = map(dense, (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)[0]
 
 
