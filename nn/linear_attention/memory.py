@@ -1,15 +1,15 @@
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.linear_attention import linear_attention
 from nn.checks import at_least
 from nn.context import Context
-from nn.ssm.common import SSMState, bytes_of_state, empty_state
+from nn.ssm.common import StateSpace
 
 # B batch, T time, H heads, D key dim, V value dim, W taps of a short convolution
 
 
-class MatrixMemory(nn.Module):
+class MatrixMemory(StateSpace):
     """What the mixers of this family share: a D x V matrix a head, which is all that decoding remembers but a few inputs.
 
     S_t = decay_t S_{t-1} + k_t v_t^T is what most of them write, and o_t = S_t^T q_t what all of them read. A member
@@ -44,12 +44,6 @@ class MatrixMemory(nn.Module):
 
     def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, *self.recent), (batch, self.heads, self.key_dim, self.value_dim)
-
-    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> SSMState:
-        return empty_state(*self.state_shapes(batch), dtype=dtype, device=device)
-
-    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        return bytes_of_state(*self.state_shapes(batch), dtype)
 
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of recurrence and convolution, beside those of the projections; the form in chunks takes more."""

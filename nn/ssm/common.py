@@ -1,11 +1,12 @@
 """What the state space mixers share: the decoding state, initial values, checks."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nn.context import Context
 
@@ -31,14 +32,20 @@ class SSMState:
         self.h.copy_(h)
 
 
-def empty_state(inputs: tuple[int, ...], h: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> SSMState:
-    wide = torch.promote_types(dtype, torch.float32)
-    return SSMState(torch.zeros(inputs, dtype=dtype, device=device), torch.zeros(h, dtype=wide, device=device))
+class StateSpace(nn.Module):
+    """A mixer whose decoding state is an SSMState of one size, whose two shapes its `state_shapes(batch)` gives."""
 
+    state_shapes: Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]
 
-def bytes_of_state(inputs: tuple[int, ...], h: tuple[int, ...], dtype: torch.dtype) -> int:
-    """What `empty_state` takes, without making it."""
-    return math.prod(inputs) * dtype.itemsize + math.prod(h) * torch.promote_types(dtype, torch.float32).itemsize
+    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> SSMState:
+        inputs, h = self.state_shapes(batch)
+        wide = torch.promote_types(dtype, torch.float32)
+        return SSMState(torch.zeros(inputs, dtype=dtype, device=device), torch.zeros(h, dtype=wide, device=device))
+
+    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
+        """What `init_state` takes, without making it."""
+        inputs, h = map(math.prod, self.state_shapes(batch))
+        return inputs * dtype.itemsize + h * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def set_steps(bias: Tensor, generator: torch.Generator | None) -> None:

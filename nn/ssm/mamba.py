@@ -9,21 +9,12 @@ from kernels.selective_scan import selective_scan
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection
-from nn.ssm.common import (
-    SSMState,
-    bytes_of_state,
-    check_taps,
-    empty_state,
-    negative_exp,
-    refuse_encoder,
-    set_steps,
-    set_taps,
-)
+from nn.ssm.common import StateSpace, check_taps, negative_exp, refuse_encoder, set_steps, set_taps
 
 # B batch, T time, C model dim, E = expand C channels, N state, R dt_rank, W taps
 
 
-class Mamba(nn.Module):
+class Mamba(StateSpace):
     """Selective state space: a diagonal recurrence whose step size, input and output are chosen by the token.
 
     Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv:2312.00752), algorithm 2
@@ -101,12 +92,6 @@ class Mamba(nn.Module):
 
     def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.conv - 1, self.inner), (batch, self.inner, self.state)
-
-    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> SSMState:
-        return empty_state(*self.state_shapes(batch), dtype=dtype, device=device)
-
-    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        return bytes_of_state(*self.state_shapes(batch), dtype)
 
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of convolution and scan, beside those of the projections."""

@@ -11,21 +11,12 @@ from kernels.ssd import ssd
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection
-from nn.ssm.common import (
-    SSMState,
-    bytes_of_state,
-    check_taps,
-    empty_state,
-    negative_exp,
-    refuse_encoder,
-    set_steps,
-    set_taps,
-)
+from nn.ssm.common import StateSpace, check_taps, negative_exp, refuse_encoder, set_steps, set_taps
 
 # B batch, T time, C model dim, E = expand C channels, H heads of P channels, G groups of heads, N state, W taps
 
 
-class Mamba2(nn.Module):
+class Mamba2(StateSpace):
     """State space duality: a selective recurrence with one decay a head, which is attention with a decaying mask.
 
     Dao and Gu 2024, "Transformers are SSMs" (arXiv:2405.21060), sections 6 and 7:
@@ -112,12 +103,6 @@ class Mamba2(nn.Module):
 
     def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.conv - 1, self.mixed), (batch, self.heads, self.head_dim, self.state)
-
-    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> SSMState:
-        return empty_state(*self.state_shapes(batch), dtype=dtype, device=device)
-
-    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        return bytes_of_state(*self.state_shapes(batch), dtype)
 
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of convolution and recurrence, beside those of the projections; its form as products takes more."""

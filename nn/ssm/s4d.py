@@ -9,22 +9,12 @@ from kernels.glu import glu
 from nn.checks import at_least
 from nn.context import Context
 from nn.linear import Linear, output_projection
-from nn.ssm.common import (
-    SSMState,
-    bytes_of_state,
-    check_taps,
-    empty_state,
-    negative_exp,
-    refuse_encoder,
-    set_steps,
-    set_taps,
-    without_autocast,
-)
+from nn.ssm.common import StateSpace, check_taps, negative_exp, refuse_encoder, set_steps, set_taps, without_autocast
 
 # B batch, T time, C model dim, E = expand C channels, N state, W taps
 
 
-class S4D(nn.Module):
+class S4D(StateSpace):
     """Diagonal state space that does not select: the block of `mamba` with constants in place of what the token chooses.
 
     Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv:2206.11893), in the
@@ -104,12 +94,6 @@ class S4D(nn.Module):
 
     def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.conv - 1, self.inner), (batch, self.inner, self.state)
-
-    def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> SSMState:
-        return empty_state(*self.state_shapes(batch), dtype=dtype, device=device)
-
-    def state_bytes(self, batch: int, max_len: int, dtype: torch.dtype) -> int:
-        return bytes_of_state(*self.state_shapes(batch), dtype)
 
     def mixing_flops(self, queries: int, keys: int) -> int:
         """FLOPs of the short convolution and of the two FFTs of 2 T real points each, 2.5 n log2 n."""
