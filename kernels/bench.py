@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
                 label, kind, cost, seconds, *ratios = row
                 rates = f"{cost.bytes / seconds / 1e9:8.0f}{cost.flops / seconds / 1e12:9.3f}"
                 beside = "".join(f"{ratio:7.2f}x" for ratio in ratios)
-                print(f"{label[:49]:50}{kind:18}{seconds * 1e3:9.3f}{rates}{roof.seconds(cost) / seconds:7.0%}{beside}", flush=True)
+                share = roof.seconds(cost) / seconds
+                print(f"{label[:49]:50}{kind:18}{seconds * 1e3:9.3f}{rates}{share:7.0%}{beside}", flush=True)
                 rows.append(row)
     roofline(rows, roof, flags.out)
     print(f"drawn: {flags.out}")

@@ -74,25 +74,32 @@ def forward_tile(
 
 
 @triton.jit
+def queries_of(low, high, H, T, S, ahead, window, first_tokens, M: tl.constexpr):
+    """This program's head, counted over the batch, its M queries, and what they see; the last ones, which see most, first."""
+    blocks = tl.cdiv(T, M)
+    head = tl.program_id(0) // blocks
+    rows = (blocks - 1 - tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    shift = S - T
+    if low is not None:
+        low += (head // H).to(tl.int64) * T
+        high += (head // H).to(tl.int64) * T
+    exempt = first_tokens
+    if first_tokens is not None:
+        exempt = first_tokens - shift
+    return head, rows, intervals(rows, low, high, T, S, shift, S + T, ahead, window, exempt)
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, y, base, shares, sinks, slopes, low, high, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, y_b, y_h, y_t,
     H, G, T, S, ahead, window, first_tokens, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """M queries of a head a program, over tiles of N keys; the last queries, which see the most keys, start first."""
-    blocks = tl.cdiv(T, M)
-    head = tl.program_id(0) // blocks
-    rows = (blocks - 1 - tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    """M queries of a head a program, over tiles of N keys."""
+    head, rows, sight = queries_of(low, high, H, T, S, ahead, window, first_tokens, M)
     b, h, shift = (head // H).to(tl.int64), head % H, S - T
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
-    if low is not None:
-        low += b * T
-        high += b * T
-    exempt = first_tokens
-    if first_tokens is not None:
-        exempt = first_tokens - shift
-    sight = intervals(rows, low, high, T, S, shift, S + T, ahead, window, exempt)
     plan = tiles(sight, first_tokens, N)
     slope = slopes
     if slopes is not None:
@@ -145,19 +152,10 @@ def query_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of M queries a program, and their delta = dy . y - dlse, which the keys' kernel reads."""
-    blocks = tl.cdiv(T, M)
-    head = tl.program_id(0) // blocks
-    rows = (blocks - 1 - tl.program_id(0) % blocks) * M + tl.arange(0, M)
+    head, rows, sight = queries_of(low, high, H, T, S, ahead, window, first_tokens, M)
     b, h, shift = (head // H).to(tl.int64), head % H, S - T
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
-    if low is not None:
-        low += b * T
-        high += b * T
-    exempt = first_tokens
-    if first_tokens is not None:
-        exempt = first_tokens - shift
-    sight = intervals(rows, low, high, T, S, shift, S + T, ahead, window, exempt)
     plan = tiles(sight, first_tokens, N)
     slope = slopes
     if slopes is not None:
