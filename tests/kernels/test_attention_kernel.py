@@ -90,6 +90,21 @@ def test_the_last_queries_are_those_of_the_whole(path):
 
 
 @paths
+@pytest.mark.parametrize("first", [2, 25])
+@pytest.mark.parametrize("T", [9, 35, 40])
+def test_global_tokens_are_counted_from_the_first_of_all(path, first, T):
+    """In an encoder, too: of the last T of 50 tokens those before `first` see beyond the window, and no other."""
+    q, k, v = qkv(S=50, T=50)
+    options, found = dict(causal=False, window=4, global_tokens=first), []
+    for way, start in (("torch", 0), (path, 50 - T)):
+        with use(way):
+            y = attention(q[:, :, start:], k, v, **options)[:, :, -T:]
+            found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+@paths
 def test_parts_merge(path):
     """Two sets of keys, one with the sink; the merged result and its gradients are those of all keys at once."""
     q, k, v = qkv(T=5)
