@@ -9,7 +9,6 @@
 """
 
 import math
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -28,6 +27,7 @@ from models.heads import HEADS
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
 from models.score import answered, bits_per_byte, posed, worked_example
+from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
 from nn.init import INITS
@@ -274,24 +274,6 @@ def restore(folder: Path, optimizer: Combined, loader: Loader | TaskLoader, scal
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     return progress["step"], progress["elapsed"]
-
-
-def catch_signals() -> list[int]:
-    """A list that a Ctrl-C or SIGTERM is put into; the loop looks at it between steps. A second one ends at once."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return caught
-
-
-def release_signals() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
