@@ -2,7 +2,7 @@
 
 Within a chunk every query meets every key; between chunks goes the state. Heads that share queries and keys share the
 products with them: their values stand side by side, as columns of one matrix. A long sequence goes in segments, so that
-what is made on the way stays small.
+what is made on the way stays small. Queries in bfloat16 ask for products in bfloat16; decays, sums and states are float32.
 """
 
 import torch
@@ -76,13 +76,15 @@ class Chunks:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, runs: Tensor | None, scale: float, L: int):
         (self.T, self.H), self.G = v.shape[1:3], q.shape[2]
         self.scale, self.wide = scale, torch.promote_types(v.dtype, torch.float32)
+        self.narrow = q.dtype if q.dtype == torch.bfloat16 else self.wide
         self.gate = 0 if g is None else g.ndim - 2
         self.L, self.n = L, -(-self.T // L)
-        self.q, self.k = (chunked(x.to(self.wide), L) for x in (q, k))
-        self.v = self.by_head(v)
-        self.seen = self.left = self.through = self.v.new_ones(())  # decays to a time, from it on, and through the chunk
+        self.q, self.k, self.v = chunked(q, L), chunked(k, L), self.by_head(v)
+        # decays to a time, from it on, and through the chunk
+        self.seen = self.left = self.through = v.new_ones((), dtype=self.wide)
         if g is not None:
-            g = self.g = self.by_head(g.unsqueeze(-1)) if self.gate == 1 else chunked(g.to(self.wide), L)
+            g = g.to(self.wide)
+            g = self.g = self.by_head(g.unsqueeze(-1)) if self.gate == 1 else chunked(g, L)
             self.seen, self.left, self.through = until(g).exp_(), after(g).exp_(), g.sum(-2, keepdim=True).exp_()
         mask = torch.ones(L, L, dtype=torch.bool, device=v.device).tril()
         if runs is not None:
@@ -101,9 +103,13 @@ class Chunks:
         elif self.gate == 2:
             self.w, self.through = self.w.unsqueeze(-3) if runs is not None else self.w, self.through.mT
 
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b: the factors are rounded to the dtype of the queries, the product is float32 at least."""
+        return (a.to(self.narrow) @ b.to(self.narrow)).to(self.wide)
+
     def by_head(self, x: Tensor) -> Tensor:
         """(B, T, H, V) as (B, G, n, R, L, V)."""
-        return chunked(x.to(self.wide).unflatten(2, (self.G, -1)), self.L).transpose(3, 4).contiguous()
+        return chunked(x.unflatten(2, (self.G, -1)), self.L).transpose(3, 4).contiguous()
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, G, n, L, R V) as (B, G, n, R, L, V), a view."""
@@ -127,12 +133,12 @@ class Chunks:
     def scores(self) -> Tensor:
         """(B, G, n, R, L, L)."""
         if self.gate < 2:
-            return (self.q @ self.k.mT).unsqueeze(3) * self.w
-        P = self.q.new_zeros(*self.q.shape[:-1], self.L)
-        P.diagonal(dim1=-2, dim2=-1).copy_((self.q * self.k).sum(-1))
+            return self.dot(self.q, self.k.mT).unsqueeze(3) * self.w
+        P = self.w.new_zeros(*self.q.shape[:-1], self.L)
+        P.diagonal(dim1=-2, dim2=-1).copy_((self.q.to(self.wide) * self.k).sum(-1))
         for s in self.sizes():
             earlier, later = self.halves(s)
-            found = (split(self.q, s)[1] * later) @ (split(self.k, s)[0] * earlier).mT  # (..., many, s, s)
+            found = self.dot(split(self.q, s)[1] * later, (split(self.k, s)[0] * earlier).mT)  # (..., many, s, s)
             blocks(P, s).copy_(found.movedim(-3, -1))
         return P.unsqueeze(3).mul_(self.w)
 
@@ -144,13 +150,13 @@ class Chunks:
             pairs = (P.mul_(dP) @ earlier).tril_().sum(-2).unsqueeze(-1)
         dP = dP.mul_(self.w).sum(3)
         if self.gate < 2:
-            return dP @ self.k, dP.mT @ self.q, pairs
+            return self.dot(dP, self.k), self.dot(dP.mT, self.q), pairs
         own = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         dq, dk, dg = own * self.k, own * self.q, torch.zeros_like(self.g)
         for s in self.sizes():
             earlier, later = self.halves(s)
             q, k, pairs = split(self.q, s)[1], split(self.k, s)[0], blocks(dP, s).movedim(-1, -3)
-            x, y = (pairs @ (k * earlier)).mul_(later), (pairs.mT @ (q * later)).mul_(earlier)
+            x, y = self.dot(pairs, k * earlier) * later, self.dot(pairs.mT, q * later) * earlier
             for grads, place, new in ((dq, 1, x), (dk, 0, y), (dg, 1, since(q * x)), (dg, 0, before(k * y))):
                 split(grads, s)[place].add_(new)
         return dq, dk, dg
@@ -162,7 +168,7 @@ class Chunks:
         if self.gate < 2 and self.through.ndim:  # (B, G or 1, n, R or 1, 1, 1), for each column
             ones = added.new_ones(1, 1, 1, self.H // self.G, 1, added.shape[-1] * self.G // self.H)
             through = columns(self.through * ones)
-        states = torch.empty_like(added)
+        states = torch.empty_like(added, dtype=self.narrow)
         for i in reversed(range(n)) if back else range(n):
             states[:, :, i] = S
             S = torch.addcmul(added[:, :, i], through[:, :, i], S)
@@ -174,9 +180,9 @@ class Chunks:
 
     def forward(self, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k, written = self.sides(self.v, self.k, self.left)
-        states, S = self.pass_on(self.to_group(S), k.mT @ written, False)
-        o, seen = self.scores() @ self.v, self.seen * self.scale
-        o += self.heads((self.q * seen) @ states) if self.gate == 2 else self.heads(self.q @ states) * seen
+        states, S = self.pass_on(self.to_group(S), self.dot(k.mT, written), False)
+        o, seen = self.dot(self.scores(), self.v), self.seen * self.scale
+        o += self.heads(self.dot(self.q * seen, states)) if self.gate == 2 else self.heads(self.dot(self.q, states)) * seen
         return self.out(o), states, self.to_heads(S)
 
     def out(self, x: Tensor) -> Tensor:
@@ -187,22 +193,22 @@ class Chunks:
         do, seen = self.by_head(do), self.seen * self.scale
         q, read = self.sides(do, self.q, seen)
         k, written = self.sides(self.v, self.k, self.left)
-        dstates, dinitial = self.pass_on(self.to_group(dS), q.mT @ read, True)
-        P, dP = self.scores(), do @ self.v.mT
-        dv, later = P.mT @ do, self.heads(k @ dstates)
+        dstates, dinitial = self.pass_on(self.to_group(dS), self.dot(q.mT, read), True)
+        P, dP = self.scores(), self.dot(do, self.v.mT)
+        dv, later = self.dot(P.mT, do), self.heads(self.dot(k, dstates))
         dv += later if self.gate == 2 else later * self.left
-        dq, dk = read @ states.mT, written @ dstates.mT
+        dq, dk = self.dot(read, states.mT), self.dot(written, dstates.mT)
         if self.gate == 2:
             dq, dk = dq.mul_(seen), dk.mul_(self.left)
         dq_pairs, dk_pairs, pairs = self.scores_backward(P, dP)
         dg = dq.new_zeros(())
         if self.gate == 1:  # what flows from before t to t and later: into, out of and through the chunk, and pairs in it
-            into = (do * self.heads(self.q @ states)).sum(-1, keepdim=True).mul_(seen)
+            into = (do * self.heads(self.dot(self.q, states))).sum(-1, keepdim=True).mul_(seen)
             out_of = (self.v * later).sum(-1, keepdim=True).mul_(self.left)
-            kept = self.heads((states * dstates).sum(-2, keepdim=True)).sum(-1, keepdim=True) * self.through
+            kept = self.heads((states.to(self.wide) * dstates).sum(-2, keepdim=True)).sum(-1, keepdim=True) * self.through
             dg = self.out(pairs + since(into) + before(out_of) + kept).squeeze(-1)
         elif self.gate == 2:
-            kept = (states * dstates).sum(-1).unsqueeze(-2) * self.through.mT
+            kept = (states.to(self.wide) * dstates).sum(-1).unsqueeze(-2) * self.through.mT
             dg = whole(pairs + since(self.q * dq) + before(self.k * dk) + kept, self.T).contiguous()
         dq, dk = (whole(x, self.T).contiguous() for x in (dq + dq_pairs, dk + dk_pairs))
         return dq, dk, self.out(dv), dg, self.to_heads(dinitial)
@@ -234,8 +240,9 @@ def attend(
 @attend.register_fake
 def _(q, k, v, g, initial, runs, scale):
     (B, T, H, V), (G, D) = v.shape, q.shape[2:]
-    L = chunk_length(T, 0 if g is None else g.ndim - 2)
-    return initial.new_empty(v.shape), initial.new_empty(B, G, -(-T // L), D, H // G * V), torch.empty_like(initial)
+    L, narrow = chunk_length(T, 0 if g is None else g.ndim - 2), q.dtype if q.dtype == torch.bfloat16 else initial.dtype
+    states = initial.new_empty(B, G, -(-T // L), D, H // G * V, dtype=narrow)
+    return initial.new_empty(v.shape), states, torch.empty_like(initial)
 
 
 @torch.library.custom_op("rosetta::linear_attention_backward", mutates_args=())
@@ -256,4 +263,4 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(do, dS, q, k, v, g, states, runs, scale):
-    return *(states.new_empty(x.shape) for x in (q, k, v)), states.new_empty(() if g is None else g.shape), torch.empty_like(dS)
+    return *(dS.new_empty(x.shape) for x in (q, k, v)), dS.new_empty(() if g is None else g.shape), torch.empty_like(dS)
