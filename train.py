@@ -22,14 +22,17 @@ from models import Config, LanguageModel, build_model
 from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
 from models.config import Parser, add_flags
 from models.describe import forward_flops
+from models.distill import MATCHES, with_teacher
 from models.generate import Sampler, generate
 from models.heads import HEADS
+from models.learn_only import learn_only
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
 from models.score import answered, bits_per_byte, posed, worked_example
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
+from nn.adapt import ADAPTERS
 from nn.init import INITS
 from nn.norm import NORMS
 from nn.objective import OBJECTIVES
@@ -39,7 +42,8 @@ from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_paramete
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
-            "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "task": TASKS}  # fmt: skip
+            "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+            "task": TASKS}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if flags.get("weights"):
             weights = find(Path(flags["weights"]))
             tokenizer = weights / "tokenizer" if (weights / "tokenizer").exists() else weights
-            defaults = dict(tokenizer=str(tokenizer), out="")
+            defaults = dict(tokenizer=str(tokenizer), out="", only="", teacher="", match="")
             return train(replace(read_config(weights), **defaults | flags | dict(weights=str(weights))), None)
         return train(Config.of(**flags), None)
     except ValueError as error:
@@ -108,17 +112,22 @@ def train(config: Config, resumed: Path | None) -> int:
         raise ValueError(f"out: {str(run)!r} holds a run already; --resume {run} goes on with it")
     config = replace(config, out=str(run), dtype=str(dtype).removeprefix("torch."))
     saved = resumed or (Path(config.weights) if config.weights else None)
+    if not saved and config.adapt:
+        raise ValueError(f"adapt: {config.adapt} stands beside weights that have learned something; give --weights")
     if not saved:
         config = replace(config, vocab_size=objective.vocabulary(ids))
     elif objective.vocabulary(ids) > config.vocab_size:
         name, needed = "data" if task else "tokenizer", objective.vocabulary(ids)
         raise ValueError(f"{name}: it needs {needed} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
+    learn_only(model, config.only)
     optimizer = build_optimizer(config, model)
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    forward = torch.compile(model) if config.compile else model
-    forward = DistributedDataParallel(forward) if world > 1 else forward
+    forward = with_teacher(model, config)  # the model itself where there is none
+    forward = torch.compile(forward) if config.compile else forward
+    if world > 1:  # a teacher's layers may leave some of the model's parameters out
+        forward = DistributedDataParallel(forward, find_unused_parameters=bool(config.teacher))
 
     # Where the run stands, what a step costs, how a model is judged and saved
     step, before = restore(resumed, optimizer, loader, scaler) if resumed else (0, 0.0)
@@ -252,7 +261,8 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     rest, rest_options = resolve(config.rest_optimizer, OPTIMIZERS, "optimizer")
     groups = [dict(params=head), dict(params=embedding, lr=config.embedding_lr), dict(params=vector, weight_decay=0.0)]
     groups = [group for group in groups if group["params"]]
-    return Combined([*([matrices(hidden, **options)] if hidden else []), rest(groups, **rest_options)])
+    return Combined(make(params, **given) for make, params, given in
+                    ((matrices, hidden, options), (rest, groups, rest_options)) if params)  # fmt: skip
 
 
 def generators() -> dict[str, torch.Tensor]:

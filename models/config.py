@@ -49,6 +49,10 @@ class Config:
     init: str = flag("model", "", "initialisation", tuple(INITS))
 
     weights: str = flag("training", "", "start from these weights: a checkpoint or a Hugging Face folder")
+    adapt: str = flag("training", "", "what learns instead of the weights, which are frozen: lora:rank=8 (--list adapter)")
+    only: str = flag("training", "", "parameters that learn, the others staying as they are: *.layer.query.*,head.*")
+    teacher: str = flag("training", "", "learn from this model instead of the targets: a checkpoint or a Hugging Face folder")
+    match: str = flag("training", "", "what is to be as the teacher's: logits (the default), outputs, matrices (--list match)")
     steps: int = flag("training", 0, "optimizer steps (0: as many as the minutes allow)")
     minutes: float = flag("training", 3.3, "wall-clock time of training, where no steps are given")
     batch_size: int = flag("training", 16, "sequences a step, over all processes")

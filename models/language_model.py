@@ -10,6 +10,7 @@ from models.config import Config
 from models.heads import HEADS
 from models.residual import Residual, ends_normed, make_sublayer
 from models.stack import SUBLAYERS, layer_numbers, layers, parse_stack
+from nn.adapt import ADAPTERS
 from nn.context import Context
 from nn.init import INITS, own_values
 from nn.linear import Linear
@@ -64,6 +65,8 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.head.bias)
         if config.tie:
             self.head.weight = self.embedding.weight
+        if config.adapt:
+            build(config.adapt, ADAPTERS, "adapter", self)
 
     def forward(
         self,
@@ -80,6 +83,15 @@ class LanguageModel(nn.Module):
         tokens see only their own document. `state`: these tokens follow those it has seen, and it remembers them. `last`:
         only the last logits.
         """
+        x = self.hidden(tokens, documents=documents, state=state)
+        x = self.transform(self.final_norm(x[:, -1:] if last else x))
+        if targets is not None:
+            head = dict(bias=self.head.bias, softcap=self.config.softcap)
+            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
+        return self.logits(x)
+
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Tensor:
+        """The residual stream (B, T, C) behind the last sublayer."""
         context = self.context(tokens, documents, state)
         x = self.embedding(tokens)  # (B, T, C)
         x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
@@ -89,10 +101,10 @@ class LanguageModel(nn.Module):
             x = sublayer(x, context)
         if state is not None:
             state.length += tokens.shape[1]
-        x = self.transform(self.final_norm(x[:, -1:] if last else x))
-        if targets is not None:
-            head = dict(bias=self.head.bias, softcap=self.config.softcap)
-            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, V) of what the head reads, (…, C)."""
         logits = self.head(x)
         return logits if not self.config.softcap else self.config.softcap * torch.tanh(logits / self.config.softcap)
 

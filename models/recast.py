@@ -82,6 +82,8 @@ def recast(
 
 
 def check(model: LanguageModel, *, moved: bool) -> None:
+    if model.config.adapt:
+        raise ValueError("adapt: the model is adapted; python -m models.merge_adapter makes it plain")
     norms_of(model)  # or an error
     for layer in (branch for sublayer in model.stack for branch in branches(sublayer.layer)):
         if type(layer) not in KNOWN:

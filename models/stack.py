@@ -14,10 +14,11 @@ from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS
 from nn.linear_attention import LINEAR_ATTENTION
 from nn.mixing import MIXING
+from nn.recurrent import RECURRENT
 from nn.spec import resolve
 from nn.ssm import SSM
 
-MIXERS = {**ATTENTION, **SSM, **LINEAR_ATTENTION, **MIXING, **EMBEDDINGS}
+MIXERS = {**ATTENTION, **SSM, **LINEAR_ATTENTION, **RECURRENT, **MIXING, **EMBEDDINGS}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")
 

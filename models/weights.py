@@ -1,5 +1,6 @@
 """Models from and to folders: our checkpoints and published ones alike."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from models import huggingface
 from models.checkpoint import MANIFEST, load_weights, model_tensors, read_json, read_tensors, write_json, write_tensors
 from models.config import Config
 from models.language_model import LanguageModel
+from nn.adapt import ADAPTERS
+from nn.spec import build
 
 FORMAT = "rosetta"
 
@@ -33,13 +36,25 @@ def read_config(folder: Path) -> Config:
 def load_model(folder: Path, config: Config | None = None) -> LanguageModel:
     """The model of a checkpoint or a published one, float32 on the CPU, built as `config` says or as the folder does.
 
-    ValueError naming the first tensor that is missing, left over or of another shape.
+    If `config` has an adapter and the folder none, the model is loaded plain and then adapted, drawn from the config's seed.
+    ValueError naming the first tensor that is missing, left over or of another shape, or for a folder adapted otherwise.
     """
+    if config and (saved := read_config(folder)).adapt != config.adapt:
+        if saved.adapt:
+            raise ValueError(f"adapt: {str(folder)!r} has {saved.adapt} already; python -m models.merge_adapter makes it plain")
+        return adapted(load_model(folder, replace(config, adapt="")), config.adapt, seed=config.seed)
     if huggingface.is_huggingface(folder):
         return huggingface.load(folder)
     with torch.device("meta"):
         model = LanguageModel(config or read_config(folder))
     load_weights(model, read_tensors(folder / "model.safetensors"), str(folder))
+    return model
+
+
+def adapted(model: LanguageModel, adapter: str, *, seed: int = 0) -> LanguageModel:
+    """In place: the model with the adapter that a spec of ADAPTERS names, its numbers drawn from the seed."""
+    build(adapter, ADAPTERS, "adapter", model, generator=torch.Generator().manual_seed(seed))
+    model.config = replace(model.config, adapt=adapter)
     return model
 
 

@@ -8,16 +8,26 @@ class Linear(nn.Linear):
 
     A step of decoding multiplies each weight with one number only, so its time is that of reading the weights: half the
     bytes, half the time. float16 keeps 11 bits of each (bfloat16 8), and PyTorch's CPU kernels are quicker with it; a row
-    with a number above 65504 becomes infinite, which `Sampler` refuses.
+    with a number above 65504 becomes infinite, which `Sampler` refuses. What an adapter (nn/adapt) adds to y is in the copy.
     """
 
     halved: tuple[Tensor, Tensor | None] | None = None  # copies of weight and bias: of this layer, or of it and others
     sizes: tuple[int, ...] = ()  # the outputs of each of those layers
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_module("adapter", None)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.halved is None or x.numel() != self.in_features:
-            return super().forward(x)
+            y = super().forward(x)
+            return y if self.adapter is None else y + self.adapter(x)
         return F.linear(x.half(), *self.halved).to(x.dtype)
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """(out, in): what x is multiplied by, W and what its adapter adds; for those who need the matrix itself."""
+        return self.weight if self.adapter is None else self.weight + self.adapter.matrix()
 
 
 def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
@@ -39,7 +49,7 @@ def decode_in_half(model: nn.Module) -> None:
         groups = [[getattr(module, name) for name in names]] if names else []
         groups += [[child] for name, child in module.named_children() if isinstance(child, Linear) and name not in names]
         for layers in groups:
-            weight = torch.cat([layer.weight.detach().half() for layer in layers])
+            weight = torch.cat([layer.effective_weight.detach().half() for layer in layers])
             biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
             bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases).half()
             layers[0].halved, layers[0].sizes = (weight, bias), tuple(layer.out_features for layer in layers)

@@ -95,6 +95,8 @@ def renamed(name: str) -> str:
 
 def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a model as its published family would be: config.json and model.safetensors, in shards where it is large."""
+    if model.config.adapt:
+        raise ValueError("export: the model is adapted; python -m models.merge_adapter makes it plain")
     name = next((name for name, family in FAMILIES.items() if holds(family, model)), None)
     if name is None:
         raise ValueError(f"export: no published family has this stack; there are {', '.join(FAMILIES)}")

@@ -92,7 +92,7 @@ class MLA(nn.Module):
 
     def absorbed(self, q: Tensor, q_rope: Tensor, row: Tensor, context: Context) -> Tensor:
         """The same, all heads attending to the rows (B, S, R + P) as they are remembered."""
-        ups = self.up.weight.view(self.heads, self.nope_dim + self.value_dim, self.kv_rank)
+        ups = self.up.effective_weight.view(self.heads, self.nope_dim + self.value_dim, self.kv_rank)
         key_up, value_up = ups.split([self.nope_dim, self.value_dim], 1)  # (H, N, R), (H, V, R)
         q = torch.cat([torch.einsum("bthn,hnr->bthr", q, key_up), q_rope], -1)  # (B, T, H, R + P)
         row = row[:, None]  # (B, 1, S, R + P)

@@ -2,6 +2,7 @@
 
 from nn.ffn.glu import GLU, SGLU, GeGLU, SwiGLU
 from nn.ffn.mlp import MLP
+from nn.ffn.monarch import MonarchMLP
 
 FFNS = {
     "mlp": MLP,
@@ -9,4 +10,5 @@ FFNS = {
     "swiglu": SwiGLU,
     "geglu": GeGLU,
     "sglu": SGLU,
+    "monarch": MonarchMLP,
 }

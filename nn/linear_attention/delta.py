@@ -10,7 +10,7 @@ from nn.context import Context
 from nn.linear import Linear, output_projection, project
 from nn.linear_attention.delta_rule import delta_rule
 from nn.linear_attention.memory import MatrixMemory, looks_back_only
-from nn.ssm.common import check_taps, negative_exp, set_steps, set_taps, without_autocast
+from nn.ssm.common import SSMState, check_taps, negative_exp, set_steps, set_taps, without_autocast
 
 # B batch, T time, C model dim, H heads, D key dim, V = expand D value dim, W taps
 
@@ -95,14 +95,21 @@ class DeltaNet(MatrixMemory):
         inner = self.heads * self.key_dim
         q, k, v = self.heads_of(*u.split([inner, inner, self.heads * self.value_dim], -1))
         with without_autocast(x.device):
-            options = dict(initial_state=None if state is None else state.h, documents=documents)
-            o, h = delta_rule(unit(q), unit(k), v, self.shares(made["beta"]), self.decays(made), **options)
-        if state is not None:
-            state.h.copy_(h)
-            if last is not None:
-                state.inputs.copy_(last)
+            o = self.remember(unit(q), unit(k), v, made, state, documents)
+        if state is not None and last is not None:
+            state.inputs.copy_(last)
         o = rms_norm(o, self.gain, eps=self.eps).flatten(2)
         return self.out(o if self.gate is None else glu(made["gate"], o, activation="silu"))
+
+    def remember(
+        self, q: Tensor, k: Tensor, v: Tensor, made: dict[str, Tensor], state: SSMState | None, documents: Tensor | None
+    ) -> Tensor:
+        """o (B, T, H, V) of q and k (B, T, H, D), v (B, T, H, V) and what else is made of x; the state goes on."""
+        options = dict(initial_state=None if state is None else state.h, documents=documents)
+        o, h = delta_rule(q, k, v, self.shares(made["beta"]), self.decays(made), **options)
+        if state is not None:
+            state.h.copy_(h)
+        return o
 
     def shares(self, beta: Tensor) -> Tensor:
         """beta_t (B, T, H), in float32 at least."""

@@ -20,6 +20,7 @@ STACKS = {
     "spelled": dict(stack="(gqa mlp)*2 mqa swiglu:bias=true mlp", tie=True),
     "post-norm": dict(norm_place="post", norm="layernorm", position="sinusoidal", softcap=3.0),
     "nothing": dict(stack="none"),
+    "monarch": dict(ffn="monarch:width=48"),
     "sandwich": dict(norm_place="sandwich", norm="layernorm"),
     "bert": dict(model="gpt2", norm_place="post", embedding_norm="extra", head="transform", objective="masked", init="gpt2"),
     "modernbert": dict(

@@ -39,9 +39,25 @@ def glu(x, p, activation="sigmoid"):
     return (GATES[activation](gate) * up) @ p["down.weight"].T + p.get("down.bias", 0)
 
 
+def monarch_matrix(first, second, dim_in, dim_out):
+    """By its paths: an input's block and place, the number between the factors, an output's block and place."""
+    M, (b, q, _) = np.zeros((dim_out, dim_in)), first.shape
+    for i, o, between in np.ndindex(dim_in, dim_out, b * q):
+        if between // q == i % b and between % b == o % b:
+            M[o, i] += second[o % b, o // b, between // b] * first[i % b, between % q, i // b]
+    return M
+
+
+def monarch(x, p, activation="gelu"):
+    width = 4 * DIM
+    up, down = (monarch_matrix(p[f"{part}.first"], p[f"{part}.second"], *sizes)
+                for part, sizes in (("up", (DIM, width)), ("down", (width, DIM))))  # fmt: skip
+    return mlp(x, {**p, "up.weight": up, "down.weight": down}, activation)
+
+
 REFERENCES = {
     "mlp": mlp, "glu": glu, "swiglu": partial(glu, activation="silu"), "geglu": partial(glu, activation="gelu"),
-    "sglu": partial(glu, activation="identity"),
+    "sglu": partial(glu, activation="identity"), "monarch": monarch,
 }  # fmt: skip
 SPECS = [spec + bias for spec in [*FFNS, "mlp:width=5"] for bias in ("", ":bias=true")]
 each = pytest.mark.parametrize("spec", SPECS)
@@ -79,7 +95,9 @@ def test_formula(spec):
     np.testing.assert_allclose(ffn(x, context(x)).detach().numpy(), reference(ffn, spec, x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "activation"), [("mlp", a) for a in FORMULAS] + [("glu", a) for a in GATES])
+@pytest.mark.parametrize(
+    ("name", "activation"), [(name, a) for name in ("mlp", "monarch") for a in FORMULAS] + [("glu", a) for a in GATES]
+)
 def test_activations(name, activation):
     spec = f"{name}:activation={activation}"
     ffn, x = make(spec), numbers(2, 4, DIM)

@@ -271,7 +271,7 @@ def test_chunks_do_not_change_the_result(spec, length, monkeypatch):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
-@pytest.mark.parametrize("spec", LINEAR_ATTENTION)
+@pytest.mark.parametrize("spec", [name for name in LINEAR_ATTENTION if name not in ("lolcats", "atlas")])  # which have windows
 def test_what_decoding_remembers(spec):
     """A matrix a head, in float32 whatever the dtype, and of the delta rule the last inputs of the convolution."""
     mixer = build(spec, LINEAR_ATTENTION, "mixer", 32, heads=4)  # D = 8

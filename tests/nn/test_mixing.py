@@ -1,4 +1,4 @@
-"""The baselines of nn/mixing: the random matrix, the convolution, nothing at all."""
+"""The mixers of nn/mixing: the random matrix, the convolutions, nothing at all."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nn.context import Context
-from nn.mixing import MIXING
+from nn.mixing import MIXING, long_convolution
 from nn.spec import build
 
 BATCH, TIME, DIM = 2, 7, 16
@@ -97,8 +97,68 @@ def test_conv_against_the_equation():
         mixer(x, context(causal=False))
 
 
+LONG = [f"longconv:length={length}:by={by}" for length in (1, 3, 1024) for by in ("fft", "monarch")]
+
+
+def filters(mixer: nn.Module, lag: int) -> Tensor:
+    """K (C,) of one lag, as the equation has it."""
+    waves = torch.tensor([2 * mixer.length ** (i / 15) for i in range(16)], dtype=torch.float64)
+    angles = 2 * math.pi * lag / waves
+    z = torch.cat([angles.cos(), angles.sin()])
+    a = mixer.log_decay.exp()
+    K = mixer.filters.weight @ (mixer.waves.weight @ z + mixer.waves.bias).sin() + mixer.filters.bias
+    return (1 - (-2 * a).exp()).sqrt() * (-a * abs(lag)).exp() * K
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("spec", LONG)
+@torch.no_grad()
+def test_long_convolution_against_the_equation(spec, causal):
+    """Lag by lag: what is nearer than `length` counts, of an encoder on both sides; so does each of two documents alone."""
+    mixer, x = make(spec), numbers(BATCH, TIME, DIM)
+    p = mixer.up(x)
+    x1, x2, v = sum(mixer.taps[:, 2 - lag] * F.pad(p, (0, 0, lag, 0))[:, :TIME] for lag in range(3)).chunk(3, -1)
+    u = x1 * v
+    y = mixer.D * u
+    for t in range(TIME):
+        for s in range(t + 1 if causal else TIME):
+            if abs(t - s) < mixer.length:
+                y[:, t] += filters(mixer, t - s) * u[:, s]
+    whole = mixer(x, context(causal=causal))
+    torch.testing.assert_close(whole, mixer.out(x2 * y), **CLOSE)
+    documents = torch.tensor([[1, 1, 1, 1, 0, 0, 1], [2, 0, 0, 0, 0, 0, 0]])
+    packed = mixer(x, context(causal=causal, documents=documents))
+    for row, lengths in enumerate([[4, 2, 1], [1, 6]]):
+        parts = [mixer(part[None], context(len(part), batch=1, causal=causal))[0] for part in x[row].split(lengths)]
+        torch.testing.assert_close(packed[row], torch.cat(parts), **CLOSE)
+    if causal:
+        torch.testing.assert_close(decoded(mixer, x, 2, 1, 4), whole, **CLOSE)
+    else:
+        with pytest.raises(ValueError, match="^causal: "):
+            mixer(x, context(causal=False, state=mixer.init_state(BATCH, TIME, dtype=x.dtype)))
+
+
+def test_the_long_convolution_is_computed_as_the_option_says(monkeypatch):
+    called = []
+    monkeypatch.setattr(long_convolution, "circular_convolution", lambda u, k, n: called.append(n) or u)
+    for by in ("fft", "monarch"):
+        make(f"longconv:by={by}")(numbers(1, TIME, DIM), context(batch=1))
+    assert called == [16]  # the square from 2 * 7 - 1 on
+
+
+def test_filters_begin_with_the_variance_of_what_they_read():
+    """Summed over the lags K_l^2 is about 1, at all decays and lengths."""
+    for length in (64, 1024):
+        torch.manual_seed(0)
+        mixer = build(f"longconv:length={length}", MIXING, "mixer", 256)
+        power = mixer.kernel(torch.arange(8 * length)).square().sum(1)  # (C,)
+        assert 0.8 < power.mean() < 1.25
+        for channels in power.chunk(4):
+            assert 0.6 < channels.mean() < 1.5
+
+
 def test_numbers_remembered():
-    """All inputs of the random matrix; the last W - 1 of the convolution, whatever the length."""
+    """All inputs of the random matrix; the last W - 1 of a convolution, whatever the length."""
     sizes = {"random": lambda n: 16 * n, "conv": lambda n: 6 * 32, "conv:width=4:expand=3": lambda n: 3 * 48}
     for spec, numbers_of in sizes.items():
         mixer = make(spec)
@@ -111,6 +171,7 @@ def test_numbers_remembered():
 @pytest.mark.parametrize(
     ("spec", "argument"),
     [
+        ("longconv:length=0", "length"), ("longconv:conv=1", "conv"),
         ("conv:width=9", "width"), ("conv:width=1", "width"), ("conv:expand=0", "expand"),
         ("random:max_len=0", "max_len"), ("random:seed=-1", "seed"),
     ],

@@ -24,6 +24,7 @@ from nn.spec import build
 sys.modules.setdefault("fla.models", types.ModuleType("fla.models")).__all__ = []
 pytest.importorskip("fla.ops.gla.naive", reason="flash-linear-attention is not installed", exc_type=ImportError)
 
+from fla.modules.feature_map import HedgehogFeatureMap, T2RFeatureMap  # noqa: E402
 from fla.ops.delta_rule.naive import delta_rule_chunkwise, delta_rule_recurrence  # noqa: E402
 from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule, naive_recurrent_gated_delta_rule  # noqa: E402
 from fla.ops.gla.naive import naive_recurrent_gla  # noqa: E402
@@ -138,6 +139,31 @@ def test_gated_delta_rule():
         found, last = theirs(q, k, v, beta=beta, g=g, **options)
         assert_close(o, found)
         assert_close(S, last)
+
+
+def test_the_feature_maps_of_lolcats():
+    """T2R's is theirs without a bias. Their Hedgehog map takes ONE softmax over [2z, -2z], the paper two, over z and over -z.
+
+    With twice our A and b ours are the two halves of theirs, each divided by its sum.
+    """
+    dim, u = HEADS * KEY, numbers(BATCH, HEADS, TIME, KEY)
+    with torch.no_grad():
+        mixer = build("lolcats:feature=t2r:width=6", LINEAR_ATTENTION, "mixer", dim, heads=HEADS)
+        theirs = [T2RFeatureMap(KEY, 6) for _ in range(HEADS)]
+        mixer.query_map.copy_(torch.stack([map.layer.weight.T for map in theirs]))
+        found = mixer.mapped(u, mixer.query_map, mixer.query_shift)
+        for head, map in enumerate(theirs):
+            assert_close(found[:, head], map(u[:, head]))
+        mixer = build("lolcats", LINEAR_ATTENTION, "mixer", dim, heads=HEADS)
+        theirs = [HedgehogFeatureMap(KEY) for _ in range(HEADS)]
+        for map in theirs:
+            nn.init.normal_(map.layer.weight, std=0.5), nn.init.normal_(map.layer.bias)
+        mixer.key_map.copy_(torch.stack([2 * map.layer.weight.T for map in theirs]))
+        mixer.key_shift.copy_(torch.stack([2 * map.layer.bias for map in theirs]))
+        found = mixer.mapped(u, mixer.key_map, mixer.key_shift)
+        for head, map in enumerate(theirs):
+            halves = map(u[:, head]).unflatten(-1, (2, KEY))
+            assert_close(found[:, head], (halves / halves.sum(-1, keepdim=True)).flatten(-2))
 
 
 # Whole layers of theirs: their kernels need a GPU, so in their places stand the plain functions and PyTorch's own norm
