@@ -93,9 +93,9 @@ assert right > 0.98
 #           the same with 1 instead of each v
 #
 # with f(u) = [softmax(u A + b), softmax(-u A - b)], the map of Hedgehog (Zhang et al. 2024, arXiv:2402.04347). The last w
-# tokens have their softmax, all before them are a matrix (`nn/linear_attention/lolcats.py`); the teacher's W_q, W_k, W_v, W_o stay.
-# Where the window holds the whole text it is the teacher, whatever g is. With a short one the state no longer grows. Maps of 8
-# columns for heads of 16 are half as wide as the heads, as the paper's 64 for 128.
+# tokens have their softmax, all before them are a matrix (`nn/linear_attention/lolcats.py`); the teacher's W_q, W_k, W_v and
+# W_o stay. Where the window holds the whole text it is the teacher, whatever g is. With a short one the state no longer grows.
+# Maps of 8 columns for heads of 16 are half as wide as the heads, as the paper's 64 for 128.
 
 # %%
 WINDOW, WIDTH = 4, 8

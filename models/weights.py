@@ -37,16 +37,21 @@ def load_model(folder: Path, config: Config | None = None) -> LanguageModel:
     """The model of a checkpoint or a published one, float32 on the CPU, built as `config` says or as the folder does.
 
     If `config` has an adapter and the folder none, the model is loaded plain and then adapted, drawn from the config's seed.
-    ValueError naming the first tensor that is missing, left over or of another shape, or for a folder adapted otherwise.
+    ValueError naming the first tensor that is missing, left over or of another shape; for published weights of another model
+    than `config` says; for a folder adapted otherwise.
     """
     if config and (saved := read_config(folder)).adapt != config.adapt:
         if saved.adapt:
             raise ValueError(f"adapt: {str(folder)!r} has {saved.adapt} already; python -m models.merge_adapter makes it plain")
         return adapted(load_model(folder, replace(config, adapt="")), config.adapt, seed=config.seed)
-    if huggingface.is_huggingface(folder):
-        return huggingface.load(folder)
     with torch.device("meta"):
         model = LanguageModel(config or read_config(folder))
+    if huggingface.is_huggingface(folder):
+        published = huggingface.load(folder)
+        if huggingface.facts(model) != huggingface.facts(published):
+            raise ValueError(f"weights: {str(folder)!r} holds another model than these flags ask for")
+        published.config = model.config  # with what a run has beside the model
+        return published
     load_weights(model, read_tensors(folder / "model.safetensors"), str(folder))
     return model
 

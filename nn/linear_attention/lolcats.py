@@ -89,6 +89,8 @@ class LolCats(GQA):
         self.window, self.feature = window, feature
         width = width or self.head_dim
         self.features = width if feature == "t2r" else 2 * width
+        if self.features > 256 or self.head_dim > 255:
+            raise ValueError(f"width: {self.features} features of heads of {self.head_dim}; at most 256, of heads of 255")
         self.query_map, self.key_map = (nn.Parameter(torch.empty(heads, self.head_dim, width)) for _ in range(2))
         self.query_shift, self.key_shift = (nn.Parameter(torch.empty(heads, width)) for _ in range(2))
         self.mix = nn.Parameter(torch.empty(heads)) if window else None  # g before the sigmoid

@@ -128,6 +128,23 @@ def test_published_weights_are_adapted(base, tmp_path):
     assert any(".adapter." in name for name in model.state_dict())
 
 
+def test_a_run_from_published_weights_goes_on_as_it_began(base, tmp_path, capsys):
+    """Its checkpoints know the data, the steps and the adapter, and a flag that asks for another model is refused."""
+    export(load_model(base), tmp_path / "published")
+    for flags in ([], ["--adapt", "lora:rank=2"]):
+        out = tmp_path / f"run{len(flags)}"
+        assert train.main(["--weights", str(tmp_path / "published"), *flags, *RUN, "--save-every", "2", "--out", str(out)]) == 0
+        end = read_tensors(checkpoints(out)[-1] / "model.safetensors")
+        shutil.rmtree(checkpoints(out)[-1])
+        assert train.main(["--resume", str(out)]) == 0
+        resumed = read_tensors(checkpoints(out)[-1] / "model.safetensors")
+        assert checkpoints(out)[-1].name == "step-000004" and all(torch.equal(resumed[name], end[name]) for name in end)
+    capsys.readouterr()
+    for flags in (["--norm", "layernorm"], ["--dim", "32"], ["--mixer", "mha"]):
+        assert train.main(["--weights", str(tmp_path / "published"), *flags, *RUN]) == 2
+        assert "weights: " in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line_and_status_2(base, capsys):
     for flags, message in (
         (["--adapt", "lora"], "adapt: "),

@@ -52,13 +52,11 @@ def by_loop(q, k, v, eta, gate, alpha, theta, M, S, document, c):
 
 
 def omega_inputs(B=2, T=11, H=2, N=5, V=3, c=3, seed=0, muon=False, steep=1.0):
-    q, k, v = (
-        numbers(B, T, H, N, seed=seed),
-        numbers(B, c - 1 + T, H, N, seed=seed + 1),
-        numbers(B, c - 1 + T, H, V, seed=seed + 2),
-    )
+    past = c - 1 + T
+    q, k, v = (numbers(B, times, H, n, seed=seed + i) for i, (times, n) in enumerate(((T, N), (past, N), (past, V))))
     k = nn.functional.normalize(k, dim=-1)
-    eta, gate = (0.05 if muon else 0.5) * numbers(B, T, H, seed=seed + 3).sigmoid(), numbers(B, S, H, seed=seed + 4).sigmoid()
+    eta = (0.05 if muon else 0.5) * numbers(B, T, H, seed=seed + 3).sigmoid()
+    gate = numbers(B, past, H, seed=seed + 4).sigmoid()
     g = -steep * numbers(B, T, H, seed=seed + 5).abs()
     theta = numbers(B, T, H, seed=seed + 6).sigmoid() if muon else None
     M, S = numbers(B, H, N, V, seed=seed + 7), numbers(B, H, N, V, seed=seed + 8) if muon else None

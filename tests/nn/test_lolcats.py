@@ -235,7 +235,10 @@ def test_what_it_begins_with_and_what_moves_it():
 
 
 def test_options_that_do_not_fit():
-    for options, message in ((dict(window=-1), "window: -1"), (dict(width=0), "width: 0"), (dict(kv_heads=2), "kv_heads: 3")):
+    for options, message in (
+        (dict(window=-1), "window: -1"), (dict(width=0), "width: 0"), (dict(kv_heads=2), "kv_heads: 3"),
+        (dict(width=129), "width: 258 features of heads of 4;"), (dict(head_dim=256, width=8), "width: 16 features of"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{message}"):
             make(**dict(window=3) | options)
     with pytest.raises(ValueError, match="^causal: "):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nn.context import Context
 from nn.mixing import MIXING, long_convolution
 from nn.spec import build
+from optim.groups import split_parameters
 
 BATCH, TIME, DIM = 2, 7, 16
 CLOSE = dict(rtol=0, atol=1e-10)
@@ -138,6 +139,13 @@ def test_long_convolution_against_the_equation(spec, causal):
             mixer(x, context(causal=False, state=mixer.init_state(BATCH, TIME, dtype=x.dtype)))
 
 
+def test_flops_of_the_long_convolution():
+    """Of 8 tokens and 16 channels: 3 taps of 3 projections, and three transforms of 16 points."""
+    counts = {"fft": 3 * 16 * (5 * 5 // 2), "monarch": 3 * 16 * 16 * 4}
+    for by, transforms in counts.items():
+        assert make(f"longconv:by={by}").mixing_flops(8, 8) == 16 * (2 * 3 * 3 * 8 + transforms)
+
+
 def test_the_long_convolution_is_computed_as_the_option_says(monkeypatch):
     called = []
     monkeypatch.setattr(long_convolution, "circular_convolution", lambda u, k, n: called.append(n) or u)
@@ -151,6 +159,7 @@ def test_filters_begin_with_the_variance_of_what_they_read():
     for length in (64, 1024):
         torch.manual_seed(0)
         mixer = build(f"longconv:length={length}", MIXING, "mixer", 256)
+        assert "taps" in dict(split_parameters(mixer).vector)  # a grid of scalars, no matrix for Muon
         power = mixer.kernel(torch.arange(8 * length)).square().sum(1)  # (C,)
         assert 0.8 < power.mean() < 1.25
         for channels in power.chunk(4):
