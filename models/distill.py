@@ -167,7 +167,7 @@ def matrix_of(layer: nn.Module, x: Tensor, context: Context) -> Tensor:
     q, k = layer.rotate(q, context), layer.rotate(k, context)
     q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, heads, T, D)
     units = torch.eye(x.shape[1], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)  # (B, K, T, T)
-    weights = layer.attend(q, k, units, context)
+    weights = torch.cat([layer.attend(q, k, part, context) for part in units.split(v.shape[-1], -1)], -1)  # as wide as values
     return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 

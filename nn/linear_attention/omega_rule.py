@@ -23,7 +23,7 @@ def omega_rule(
     *,
     initial_state: Memory | None = None,
     documents: Tensor | None = None,
-    chunk: int = 32,
+    chunk: int = 16,
 ) -> tuple[Tensor, Memory]:
     """o_t = M_t^T q_t, and the last M (and S), of a memory M that recalls v_i at k_i as M^T k_i.
 
