@@ -32,7 +32,7 @@ class Atlas(GatedDeltaNet):
     inner     how G is followed: `gradient` as above (OmegaNet), or `muon` (ATLAS): eta_t NewtonSchulz5(S_t) in place of
               eta_t G_t, with S_t = theta_t S_{t-1} + G_t. Slower, because the steps wait for each other
     rate      the largest eta_t: 1, but 0.1 with muon, whose steps are of length 1 in every direction however small the error
-              is. At 1 they overshoot by turns, and a change of x comes back ten thousand times as large after 15 tokens
+              is. At 1 they overshoot by turns, and after 15 tokens a change of x comes back thousands of times as large
 
     q, k, v, a_t, conv and gate are those of `gated_delta`, here with values as wide as keys; eta_t / rate and theta_t are
     sigmoids of the token. Of the gates, which the paper has depend on the input, we choose: a sigmoid of token i, and
