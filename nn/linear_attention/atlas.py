@@ -13,6 +13,8 @@ from nn.linear import Linear
 from nn.linear_attention.delta import GatedDeltaNet, unit
 from nn.linear_attention.omega_rule import in_window, omega_rule
 
+MOST = 65_536  # features of a key: a memory has so many rows
+
 # B batch, T time, C model dim, H heads, D key dim, N features of a key, V = D value dim, W taps, c tokens of the window
 
 
@@ -63,6 +65,9 @@ class Atlas(GatedDeltaNet):
         rate = (0.1 if inner == "muon" else 1.0) if rate is None else rate
         super().__init__(dim, heads=heads, head_dim=head_dim, expand=1, conv=conv, beta_max=rate, gate=gate, eps=eps)
         self.window, self.inner = window, inner
+        features = math.comb(self.key_dim + degree, degree) - 1
+        if features > MOST:
+            raise ValueError(f"degree: {features:,} features of keys of {self.key_dim}; at most {MOST:,}")
         powers = [m for p in range(1, degree + 1) for m in combinations_with_replacement(range(self.key_dim), p)]
         factors = torch.tensor([m + (self.key_dim,) * (degree - len(m)) for m in powers])  # D stands for a factor of 1
         self.register_buffer("factors", factors.T.contiguous(), persistent=False)  # (degree, N)

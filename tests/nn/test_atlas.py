@@ -276,7 +276,7 @@ def test_what_decoding_remembers(inner):
     assert mixer.mixing_flops(7, 7) == 7 * mixer.mixing_flops(1, 1) > 7 * 4 * (4 * 5 * 14 * 4)
 
 
-@pytest.mark.parametrize("option", ["window=0", "degree=0", "rate=-1", "conv=1", "heads=0"])
+@pytest.mark.parametrize("option", ["window=0", "degree=0", "degree=40", "rate=-1", "conv=1", "heads=0"])
 def test_impossible_options(option):
     with pytest.raises(ValueError, match=f"^{option.partition('=')[0]}: "):
         build(f"atlas:{option}", LINEAR_ATTENTION, "mixer", 16)
