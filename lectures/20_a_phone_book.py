@@ -38,6 +38,7 @@ book = phonebook(3)
 shown, wanted = book.batch(32, seed=0)
 print(book.spell(shown[0]))
 print("the answer:", book.spell(wanted[0][wanted[0] >= 0]))
+print(f"{len(book.words)} words; {book.seq_len} tokens for 3 entries, {phonebook(40).seq_len} for 40; a guess is right in 1 %")
 assert (book.oracle(shown) == wanted)[wanted >= 0].all()  # it can be known
 assert (wanted >= 0).sum(1).eq(2).all()
 told = phonebook(3, reversed=True)

@@ -55,18 +55,21 @@ def learned(stack: str, position: str) -> LanguageModel:
 
 
 MODELS = {name: learned(*parts) for name, parts in STACKS.items()}
+for name, model in MODELS.items():
+    print(f"{name:10}{sum(p.numel() for p in model.parameters()):8,} parameters")
 
 # %% [markdown]
 # ## Judgement at other lengths
 
 # %%
 ROWS, RIGHT = {16: 64, 64: 64, 256: 64, 1024: 32, 4096: 16, 8192: 16, 16384: 8}, {}
-print(f"\nright, chance {task.chance:.0%}" + "".join(f"{length:>9,}" for length in ROWS))
 for name, model in MODELS.items():
     lengths = [length for length in ROWS if name == "Mamba" or length <= 4096]
     rows = {n: examples(induction(n), batch_size=max(1, 8192 // n), count=ROWS[n]) for n in lengths}
     RIGHT[name] = {n: answered(model, batches)["accuracy"] for n, batches in rows.items()}
-    print(f"{name:19}" + "".join(f"{share:9.0%}" for share in RIGHT[name].values()))
+print(f"\nright, chance {task.chance:.0%}" + "".join(f"{name:>12}" for name in MODELS))
+for length in ROWS:
+    print(f"{length:10,} tokens" + "".join(f"{found[length]:12.0%}" for found in RIGHT.values() if length in found))
 assert min(RIGHT["Mamba"][n] for n in (16, 64, 256)) > 0.9
 assert RIGHT["Mamba"][1024] > 0.9
 assert RIGHT["Mamba"][4096] > 0.7
