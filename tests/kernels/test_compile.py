@@ -1,40 +1,13 @@
 """Every kernel compiles for GPUs that are not here, without spilling registers, within the shared memory they have."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from kernels import SPECS
 from kernels.compile import TARGETS
 from kernels.launch import TRITON
 
-ROOT = Path(__file__).parents[2]
-
-
 triton_alone = pytest.mark.skipif(not TRITON, reason="needs Triton")
 each = pytest.mark.parametrize("name", SPECS)
-
-
-def run(*words: str) -> list[str]:
-    """Lines of a process of its own, one for all operations: there Triton compiles, here it interprets."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", *words]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return ended.stdout.splitlines()
-
-
-@pytest.fixture(scope="module")
-def compilations() -> list[str]:
-    return run("kernels.compile")
-
-
-@pytest.fixture(scope="module")
-def traces() -> list[str]:
-    return run("tests.kernels.trace_triton", *SPECS)
 
 
 @triton_alone
