@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, load, load_tokenizer, training_documents, windows
 from models import Config, LanguageModel, build_model
+from models.auxiliary import after_step
 from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
 from models.config import Parser, add_flags
 from models.describe import forward_flops
@@ -38,7 +39,7 @@ from nn.norm import NORMS
 from nn.objective import OBJECTIVES
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
-from optim import OPTIMIZERS, SCHEDULES, Combined, flatten_state, split_parameters, unflatten_state
+from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
@@ -198,6 +199,7 @@ def train(config: Config, resumed: Path | None) -> int:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        after_step(model)
         step += 1
 
         started, elapsed = elapsed, before + time.perf_counter() - began
@@ -261,8 +263,8 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     rest, rest_options = resolve(config.rest_optimizer, OPTIMIZERS, "optimizer")
     groups = [dict(params=head), dict(params=embedding, lr=config.embedding_lr), dict(params=vector, weight_decay=0.0)]
     groups = [group for group in groups if group["params"]]
-    return Combined(make(params, **given) for make, params, given in
-                    ((matrices, hidden, options), (rest, groups, rest_options)) if params)  # fmt: skip
+    made = (matrices, by_parts(model, hidden), options), (rest, groups, rest_options)
+    return Combined(make(params, **given) for make, params, given in made if params)
 
 
 def generators() -> dict[str, torch.Tensor]:

@@ -91,8 +91,9 @@ def verify(folder: Path) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a language model by name; a head that is tied to the embedding is not there twice."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not (model.config.tie and name == "head.weight")}
+    """The weights and buffers of a language model by name; what several layers share is there once, by its first name."""
+    once, every = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name in once or name not in every}
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -107,7 +108,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         if tensors[name].shape != wanted[name].shape:
             shapes = f"{tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
             raise ValueError(f"{source}: the tensor {name!r} has the shape {shapes}")
-    model.load_state_dict(tensors, assign=True, strict=not model.config.tie)
+    model.load_state_dict(tensors, assign=True, strict=False)  # the names were compared above
     if model.config.tie:
         model.head.weight = model.embedding.weight
 

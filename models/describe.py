@@ -14,6 +14,7 @@ from torch import nn
 
 from models.config import Config, Parser, add_flags
 from models.language_model import LanguageModel
+from nn.moe.experts import StackedLinear
 from nn.monarch import MonarchLinear
 from nn.objective.next_token import BIAS_COLUMNS
 
@@ -41,6 +42,7 @@ def forward_flops(model: LanguageModel, seq_len: int) -> int:
     """FLOPs of one sequence's forward pass."""
     modules = [*model.stack.modules(), *model.transform.modules(), model.head]
     linear = sum(2 * m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    linear += sum(2 * m.uses * m.in_features * m.out_features for m in modules if isinstance(m, StackedLinear))
     linear += sum(2 * (m.first.numel() + m.second.numel()) for m in modules if isinstance(m, MonarchLinear))
     mixing = sum(s.layer.mixing_flops(seq_len, seq_len) for s in model.stack if s.is_mixer)
     return linear * seq_len + mixing

@@ -1,11 +1,14 @@
 """The language model: embeddings, a stack of residual sublayers, a final norm, a head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.auxiliary import auxiliary_loss
 from models.config import Config
 from models.heads import HEADS
 from models.residual import Residual, ends_normed, make_sublayer
@@ -15,7 +18,7 @@ from nn.context import Context
 from nn.init import INITS, own_values
 from nn.linear import Linear
 from nn.norm import NORMS
-from nn.objective import OBJECTIVES, next_token_loss
+from nn.objective import IGNORED, OBJECTIVES, next_token_loss
 from nn.position import POSITIONS
 from nn.spec import build
 
@@ -58,6 +61,7 @@ class LanguageModel(nn.Module):
             Residual(make_sublayer(spec, SUBLAYERS, dim, layer=number, **offered), dim, norm=norm, number=number, **place)
             for spec, norm, number in zip(specs, norms, numbers, strict=True)
         )
+        share_among_layers(self.stack)
         self.final_norm = nn.Identity() if ends_normed(config.norm_place) else build(config.norm, NORMS, "norm", dim)
         self.transform = build(config.head, HEADS, "head", dim=dim, norm=config.norm)
         self.head = Linear(dim, vocab_size, bias=self.transform.decoder_bias)
@@ -74,25 +78,43 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         *,
         documents: Tensor | None = None,
+        domains: Tensor | None = None,
         state: DecodingState | None = None,
         last: bool = False,
     ) -> Tensor:
         """Logits (B, T, V), or with `targets` the sum of -log p(target) in nats, a scalar.
 
         tokens and targets (B, T) int64, as the objective gives them; a target of -100 does not count. `documents` (B, T):
-        tokens see only their own document. `state`: these tokens follow those it has seen, and it remembers them. `last`:
-        only the last logits.
+        tokens see only their own document. `domains` (B, 1) or (B, T): the kind of text, where a layer asks for it. `state`:
+        these tokens follow those it has seen, and it remembers them. `last`: only the last logits.
+
+        Auxiliary losses, which layers leave while they learn, add to the gradient of the sum, each token's share to that of
+        its target, and not to its value, which stays that of the predictions.
         """
-        x = self.hidden(tokens, documents=documents, state=state)
+        x = self.hidden(tokens, documents=documents, domains=domains, state=state)
         x = self.transform(self.final_norm(x[:, -1:] if last else x))
         if targets is not None:
             head = dict(bias=self.head.bias, softcap=self.config.softcap)
-            return next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
+            loss = next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
+            auxiliary = auxiliary_loss(self.stack, partial(self.costs, x.detach(), targets))
+            return loss if auxiliary is None else loss + (targets >= 0).sum() * (auxiliary - auxiliary.detach())
         return self.logits(x)
 
-    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, state: DecodingState | None = None) -> Tensor:
+    @torch.no_grad()
+    def costs(self, x: Tensor, targets: Tensor) -> Tensor:
+        """(B T,): -log p of each target, of what the head reads, (B, T, C); 0 where a target does not count."""
+        return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORED)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        documents: Tensor | None = None,
+        domains: Tensor | None = None,
+        state: DecodingState | None = None,
+    ) -> Tensor:
         """The residual stream (B, T, C) behind the last sublayer."""
-        context = self.context(tokens, documents, state)
+        context = replace(self.context(tokens, documents, state), domains=domains)
         x = self.embedding(tokens)  # (B, T, C)
         x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
         x = self.embedding_norm(x)
@@ -121,7 +143,7 @@ class LanguageModel(nn.Module):
         if documents is not None:
             begins = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
-        return Context(tokens, positions, documents, self.causal)
+        return Context(tokens, positions, documents, causal=self.causal)
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type, *, bare: bool = False) -> bool:
         """Whether the stack is layers of one kind of mixer, of ffn and of norm: what published families look like.
@@ -140,6 +162,14 @@ class LanguageModel(nn.Module):
         weight = self.head.weight
         options = dict(dtype=dtype or weight.dtype, device=weight.device)
         return DecodingState([s.layer.init_state(batch, max_len, **options) if s.is_mixer else None for s in self.stack])
+
+
+def share_among_layers(stack: nn.ModuleList) -> None:
+    """Modules that a class names in `shared_by_layers` are one and the same in all layers: those of the first."""
+    first: dict[tuple[type, str], nn.Module] = {}
+    for module in list(stack.modules()):
+        for name in getattr(module, "shared_by_layers", ()):
+            setattr(module, name, first.setdefault((type(module), name), getattr(module, name)))
 
 
 def build_model(config: Config, *, seed: int = 0) -> LanguageModel:

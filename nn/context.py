@@ -14,6 +14,7 @@ class Context:
     tokens: (B, T) int64, the token ids, for the layers that look something up by them.
     positions: (T,) or (B, T) int64, the index of each token in its sequence or, when packed, in its document.
     documents: (B, T) integers or None; with them, a token sees only tokens of its own document.
+    domains: (B, 1) or (B, T) int64, what kind of text the tokens are of, for the layers that treat kinds apart; or None.
     causal: whether a token sees only itself and what stands before it.
     state: the decoding state of the sublayer that is being called, which the model sets anew for each; None in training.
     shared: what one layer works out and all others may use in the same call (rotation tables, masks), by name.
@@ -22,6 +23,7 @@ class Context:
     tokens: Tensor
     positions: Tensor
     documents: Tensor | None = None
+    domains: Tensor | None = None
     causal: bool = True
     state: Any = None
     shared: dict[Any, Any] = field(default_factory=dict)

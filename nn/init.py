@@ -5,6 +5,10 @@ import math
 import torch
 from torch import nn
 
+from nn.moe.experts import StackedLinear
+
+MATRICES = (nn.Linear, StackedLinear)
+
 
 def fan_in(model: nn.Module, generator: torch.Generator) -> None:
     """Matrices of variance 1/4 of 1/fan_in, residual outputs and head zero, token embeddings of variance 1.
@@ -16,11 +20,11 @@ def fan_in(model: nn.Module, generator: torch.Generator) -> None:
     """
     tied = model.head.weight is model.embedding.weight
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not (tied and module is model.head):
+        if isinstance(module, MATRICES) and not (tied and module is model.head):
             zero = module is model.head or getattr(module, "writes_residual", False)
             bound = 0 if zero else 0.5 * math.sqrt(3 / module.in_features)
             nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             std = 0.0 if module is not model.embedding else module.embedding_dim**-0.5 if tied else 1.0
@@ -34,7 +38,7 @@ def gpt2(model: nn.Module, generator: torch.Generator) -> None:
     """
     outputs = [m for m in model.modules() if getattr(m, "writes_residual", False)]
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, (*MATRICES, nn.Embedding)):
             std = 0.02 / math.sqrt(len(outputs)) if module in outputs else 0.02
             nn.init.normal_(module.weight, std=std, generator=generator)
             if getattr(module, "bias", None) is not None:
@@ -50,10 +54,11 @@ def deepnorm(model: nn.Module, generator: torch.Generator) -> None:
     sublayers = sum(getattr(m, "writes_residual", False) for m in model.modules())
     scores = [m for layer in model.modules() for name, m in layer.named_children() if name in ("query", "key")]
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, MATRICES):
             gain = 1.0 if module in scores or module is model.head else (4 * sublayers) ** -0.25
-            nn.init.xavier_normal_(module.weight, gain, generator=generator)
-            if module.bias is not None:
+            for matrix in module.weight.view(-1, *module.weight.shape[-2:]):  # one, or one an expert
+                nn.init.xavier_normal_(matrix, gain, generator=generator)
+            if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -11,6 +11,7 @@ class Linear(nn.Linear):
     with a number above 65504 becomes infinite, which `Sampler` refuses. What an adapter (nn/adapt) adds to y is in the copy.
     """
 
+    parts: tuple[int, ...] = ()  # the outputs of each of several matrices, where this layer is a few fused into one
     halved: tuple[Tensor, Tensor | None] | None = None  # copies of weight and bias: of this layer, or of it and others
     sizes: tuple[int, ...] = ()  # the outputs of each of those layers
 

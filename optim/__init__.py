@@ -8,7 +8,7 @@ state.py     optimizer state as tensors and JSON
 
 from .adamw import AdamW
 from .combined import Combined
-from .groups import split_parameters
+from .groups import by_parts, split_parameters
 from .muon import Muon
 from .schedule import SCHEDULES
 from .state import flatten_state, unflatten_state
@@ -19,4 +19,4 @@ OPTIMIZERS = {
 }
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Muon"]
-__all__ += ["flatten_state", "split_parameters", "unflatten_state"]
+__all__ += ["by_parts", "flatten_state", "split_parameters", "unflatten_state"]

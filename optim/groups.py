@@ -19,6 +19,18 @@ class Split(NamedTuple):
     vector: Named  # everything else, biases, gains, scalars, convolutions: AdamW, no decay
 
 
+def by_parts(model: nn.Module, hidden: Named) -> list[dict]:
+    """Groups of hidden matrices for Muon: those of a layer that has an attribute `parts`, rows of the matrices fused in it.
+
+    >>> muon = Muon(by_parts(model, split_parameters(model).hidden))
+    """
+    fused = {id(module.weight): tuple(module.parts) for module in model.modules() if getattr(module, "parts", ())}
+    groups: dict[tuple[int, ...], Named] = {}
+    for name, param in hidden:
+        groups.setdefault(fused.get(id(param), ()), []).append((name, param))
+    return [dict(params=params, parts=parts) for parts, params in groups.items()]
+
+
 def split_parameters(model: nn.Module) -> Split:
     """Sort every trainable parameter of any model into the four roles above; each appears once, shared ones too.
 

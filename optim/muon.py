@@ -41,7 +41,9 @@ class Muon(Optimizer):
 
     lr: step size; momentum: μ; nesterov: look ahead; weight_decay: λ, multiplied by lr (and not by s) at each step;
     ns_steps: Newton-Schulz steps; scale: `spectral` s = √max(1, rows/columns), or `rms` s = 0.2 √max(rows, columns) at
-    which lr and weight_decay are those of AdamW; dtype: of the iteration, by name, see `newton_schulz`.
+    which lr and weight_decay are those of AdamW; dtype: of the iteration, by name, see `newton_schulz`. A group's parts: the
+    rows of each of several matrices that stand one above the other in its parameters, as in a fused projection; each is made
+    orthogonal by itself, or the parts with small gradients would hardly move.
     State: mean (the parameter's shape; 4 bytes a parameter, 8 for float64).
     Raises ValueError naming the argument that is out of range, or a parameter that is no matrix: give those to AdamW.
     """
@@ -61,7 +63,7 @@ class Muon(Optimizer):
         scale: str = "spectral",
         dtype: str = "bfloat16",
     ):
-        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+        defaults = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, parts=())
         super().__init__(params, defaults | dict(ns_steps=ns_steps, scale=scale, dtype=dtype))
 
     def check(self, group: dict) -> None:
@@ -73,6 +75,9 @@ class Muon(Optimizer):
         require(isinstance(ns_steps, int) and 1 <= ns_steps < 100, "ns_steps", ns_steps, "an integer from 1 to 99")
         require(group["scale"] in SCALES, "scale", group["scale"], " or ".join(SCALES))
         require(group["dtype"] in dtypes, "dtype", group["dtype"], " or ".join(dtypes))
+        for param in group["params"] if group["parts"] else ():
+            fits = not isinstance(param, Tensor) or sum(group["parts"]) == param.shape[-2]  # a saved group holds numbers
+            require(fits, "parts", group["parts"], f"the rows of {tuple(getattr(param, 'shape', ()))}, in parts")
 
     def init_state(self, param: Tensor) -> dict:
         return {"mean": torch.zeros_like(param, dtype=wide(param.dtype))}
@@ -90,7 +95,9 @@ class Muon(Optimizer):
         torch._foreach_lerp_(means, grads, 1 - momentum)
         steps = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        steps = newton_schulz(torch.stack(steps), group["ns_steps"], dtype)
-        size = lr * SCALES[group["scale"]](*params[0].shape[-2:])
-        for param, step in zip(params, steps, strict=True):
-            param.add_(step, alpha=-size)
+        steps, parts = torch.stack(steps), list(group["parts"]) or [params[0].shape[-2]]
+        for place, part in enumerate(steps.split(parts, -2)):
+            begin, rows = sum(parts[:place]), parts[place]
+            size = lr * SCALES[group["scale"]](rows, part.shape[-1])
+            for param, step in zip(params, newton_schulz(part, group["ns_steps"], dtype), strict=True):
+                param.narrow(-2, begin, rows).add_(step, alpha=-size)

@@ -57,6 +57,7 @@ class Mamba(StateSpace):
         self.taps = nn.Parameter(torch.empty(self.inner, conv))
         self.taps_bias = nn.Parameter(torch.empty(self.inner)) if conv_bias else None
         self.select = Linear(self.inner, self.dt_rank + 2 * state, bias=False)
+        self.up.parts, self.select.parts = (self.inner, self.inner), (self.dt_rank, state, state)
         self.dt = Linear(self.dt_rank, self.inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.inner))
         self.A_log = nn.Parameter(torch.empty(self.inner, state))

@@ -67,6 +67,7 @@ class Mamba2(StateSpace):
         self.dt_min, self.dt_max = dt_min, dt_max
         self.mixed = self.inner + 2 * groups * state  # channels of the convolution: X, B and C
         self.up = Linear(dim, self.inner + self.mixed + self.heads, bias=bias)
+        self.up.parts = (self.inner, self.inner, groups * state, groups * state, self.heads)  # z, X, B, C, d
         self.taps = nn.Parameter(torch.empty(self.mixed, conv))
         self.taps_bias = nn.Parameter(torch.empty(self.mixed)) if conv_bias else None
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))

@@ -1,6 +1,6 @@
 """Does torch.compile(fullgraph=True) trace the Triton path of an op? Found out without a GPU: traced, never run.
 
-    python -m tests.kernels.trace_triton rmsnorm [...]
+    python -m tests.kernels.trace_triton [rmsnorm ...]        all operations, or some
 
 The tensors lie on the CPU; PyTorch and Triton are told that there is a GPU, which is enough for everything before code
 generation. In place of the compiled graphs stand functions that return empty tensors of the right shapes. Prints how
@@ -62,6 +62,6 @@ def kernels_in(name: str, example: dict) -> list[int]:
 if __name__ == "__main__":
     torch.utils._triton.has_triton = lambda: True
     driver.set_active(Pretended())
-    for name in sys.argv[1:]:
+    for name in sys.argv[1:] or SPECS:
         for shapes in SPECS[name].cpu:
             print(name, *kernels_in(name, shapes), flush=True)

@@ -109,8 +109,8 @@ def test_any_stack_runs(stack):
 
 
 def test_names_of_mixers_and_ffns_do_not_clash():
+    from models.stack import FFNS
     from nn.attention import ATTENTION
-    from nn.ffn import FFNS
 
     assert len(SUBLAYERS) == len(MIXERS) + len(FFNS) and ATTENTION.items() <= MIXERS.items()
 

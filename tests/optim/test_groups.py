@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim import AdamW, Combined, Muon, flatten_state, split_parameters, unflatten_state
+from optim import AdamW, Combined, Muon, by_parts, flatten_state, split_parameters, unflatten_state
 
 
 class Block(nn.Module):
@@ -67,6 +67,16 @@ def test_a_plain_module_works_and_frozen_parameters_stay_out():
     split = split_parameters(model)
     assert names(split) == {"hidden": ["2.weight"], "head": [], "embedding": [], "vector": ["0.bias", "2.bias"]}
     assert split.hidden[0][1] is model[2].weight
+
+
+def test_fused_matrices_form_groups_of_their_own():
+    model = Model(tied=False)
+    model.blocks[0].mix.parts = (12, 4)
+    groups = by_parts(model, split_parameters(model).hidden)
+    found = [([name for name, _ in group["params"]], group["parts"]) for group in groups]
+    assert found == [(["blocks.0.experts", "blocks.0.heads.weight"], ()), (["blocks.0.mix.weight"], (12, 4))]
+    assert by_parts(model, []) == []
+    Muon(groups)
 
 
 def build():

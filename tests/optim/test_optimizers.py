@@ -256,6 +256,31 @@ def test_muon_names_bad_input():
         Muon([("w", param), ("norm.weight", torch.nn.Parameter(torch.zeros(4)))])
 
 
+def test_parts_of_a_fused_matrix_step_as_matrices_of_their_own():
+    """Also after a state went through JSON; without parts they do not."""
+    torch.manual_seed(0)
+    sizes, options = (5, 3, 16), dict(lr=0.1, weight_decay=0.1, dtype="float64")
+    apart = [torch.nn.Parameter(torch.randn(rows, 6, dtype=torch.float64)) for rows in sizes]
+    fused = torch.nn.Parameter(torch.cat([p.detach() for p in apart]))
+    whole = torch.nn.Parameter(fused.detach().clone())
+    optimizers = [Muon(apart, **options), Muon([dict(params=[fused], parts=sizes)], **options), Muon([whole], **options)]
+    for step in range(4):
+        for i, param in enumerate(apart):
+            param.grad = 10.0**-i * torch.randn(param.shape, dtype=torch.float64)
+        fused.grad = torch.cat([p.grad for p in apart])
+        whole.grad = fused.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 1:
+            tensors, tree = flatten_state(optimizers[1].state_dict())
+            optimizers[1] = Muon([dict(params=[fused], parts=sizes)], **options)
+            optimizers[1].load_state_dict(unflatten_state(tensors, json.loads(json.dumps(tree))))
+    torch.testing.assert_close(fused, torch.cat([p.detach() for p in apart]), rtol=1e-12, atol=1e-12)
+    assert (whole - fused).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"^parts must be the rows of \(24, 6\), in parts, not \(5, 3\)"):
+        Muon([dict(params=[fused], parts=(5, 3))])
+
+
 def muon_beside_torch(scale, steps, nesterov=True, **keywords):
     matrices = [i for i, shape in enumerate(shapes(Muon)) if len(shape) == 2 and 0 not in shape]
     ours, theirs = ([make_params(Muon, torch.float64)[i] for i in matrices] for _ in range(2))

@@ -1,0 +1,354 @@
+"""Many matrices, each times its own rows: the product of a mixture of experts, whose tokens stand sorted by expert.
+
+    y[scatter[m]] = scale[m] W_e x[gather[m] // fan_out]       for the rows m of group e, ends[e-1] <= m < ends[e]
+
+Groups are ragged and may be empty; rows from the last end on belong to none, and give 0. `gather` reads tokens where they
+stand (`fan_out` of them for each: one an expert it goes to), `scatter` writes rows back to where they belong, and `scale`
+is the gate. Nothing is padded and nothing is dropped: Gale et al. 2022, "MegaBlocks: Efficient Sparse Training with
+Mixture-of-Experts" (arXiv:2211.15841); gather and scatter in the product: Tan et al. 2024, "Scattered Mixture-of-Experts
+Implementation" (arXiv:2403.08245). Products of int8 are summed in int32 exactly.
+
+With M rows, K numbers in, N out, G groups, b bytes a number:
+    forward    2 M K N FLOPs      (M K / fan_out + G K N + M N) b bytes moved
+    backward   4 M K N FLOPs      2 (M K / fan_out + G K N) b + M N b bytes: x and W are read, their gradients written, dy read
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.launch import INTERPRETED, Function, apply, dot, launch, narrow, on_triton, tl, triton
+from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
+
+# M rows, K numbers of a row of x, N numbers of a row of y, G groups
+
+
+def reference(x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+    M = len(x) if gather is None else len(gather)
+    y = np.zeros((M, weight.shape[1]))
+    for m in range(ends[-1] if len(ends) else 0):
+        e = np.searchsorted(ends, m, side="right")
+        row = weight[e] @ x[m if gather is None else gather[m] // fan_out]
+        y[m if scatter is None else scatter[m]] = row * (1 if scale is None else scale[m])
+    return y
+
+
+def reference_backward(grads, x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+    dx, dweight, dscale = np.zeros(x.shape), np.zeros(weight.shape), np.zeros(0 if scale is None else len(scale))
+    for m in range(ends[-1] if len(ends) else 0):
+        e = np.searchsorted(ends, m, side="right")
+        token = m if gather is None else gather[m] // fan_out
+        dy = grads[0][m if scatter is None else scatter[m]]
+        factor = 1 if scale is None else scale[m]
+        dx[token] += factor * dy @ weight[e]
+        dweight[e] += factor * np.outer(dy, x[token])
+        if scale is not None:
+            dscale[m] = dy @ weight[e] @ x[token]
+    return dict(x=dx, weight=dweight) | (dict(scale=dscale) if scale is not None else {})
+
+
+@triton.jit
+def rows_kernel(
+    x, weight, y, gather, scatter, scale, tile_group, tile_start, ends, K, N, fan_out, groups, tiles,
+    stride_g, stride_n, stride_k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS rows of one group by COLUMNS a program. BAND tiles go through the columns together, so that the
+    weights they share come from the cache."""
+    columns = tl.cdiv(N, COLUMNS)
+    band = tl.program_id(0) // (BAND * columns)
+    size = min(tiles - band * BAND, BAND)
+    inside = tl.program_id(0) % (BAND * columns)
+    tile = band * BAND + inside % size
+    n = inside // size * COLUMNS + tl.arange(0, COLUMNS)
+    group = tl.load(tile_group + tile)
+    if group < groups:
+        m = tl.load(tile_start + tile) + tl.arange(0, ROWS)
+        here = m < tl.load(ends + group)
+        source, target = m, m
+        if gather is not None:
+            source = tl.load(gather + m, here, 0) // fan_out
+        if scatter is not None:
+            target = tl.load(scatter + m, here, 0)
+        matrix = weight + group * stride_g + n[None, :].to(tl.int64) * stride_n
+        rows = x + source[:, None].to(tl.int64) * K
+        if x.dtype.element_ty == tl.int8:
+            total = tl.zeros((ROWS, COLUMNS), tl.int32)
+        else:
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, K, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            left = tl.load(rows + k[None, :], here[:, None] & (k[None, :] < K), 0)  # (ROWS, DEPTH)
+            right = tl.load(matrix + k[:, None] * stride_k, (k[:, None] < K) & (n[None, :] < N), 0)  # (DEPTH, COLUMNS)
+            if x.dtype.element_ty == tl.int8:
+                total = tl.dot(left, right, total, out_dtype=tl.int32)
+            else:
+                total = dot(left, right, total)
+        if scale is not None:
+            total = total.to(tl.float32) * tl.load(scale + m, here, 0).to(tl.float32)[:, None]
+        at = target[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(y + at, narrow(total, y.dtype.element_ty), here[:, None] & (n[None, :] < N))
+
+
+@triton.jit
+def weights_kernel(
+    x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """dW_e = sum over the rows of group e of scale dy x^T: a block of COLUMNS outputs by DEPTH inputs a program."""
+    group = tl.program_id(2)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    begin, end = tl.load(ends + group - 1, group > 0, 0), tl.load(ends + group)
+    total = tl.zeros((COLUMNS, DEPTH), tl.float32)
+    for start in range(begin, end, ROWS):
+        m = start + tl.arange(0, ROWS)
+        source, target = m, m
+        if gather is not None:
+            source = tl.load(gather + m, m < end, 0) // fan_out
+        if scatter is not None:
+            target = tl.load(scatter + m, m < end, 0)
+        at = target[None, :].to(tl.int64) * N + n[:, None]
+        left = tl.load(dy + at, (m[None, :] < end) & (n[:, None] < N), 0)  # (COLUMNS, ROWS)
+        if scale is not None:
+            factor = tl.load(scale + m, m < end, 0).to(tl.float32)[None, :]
+            left = narrow(left.to(tl.float32) * factor, dy.dtype.element_ty)
+        right = tl.load(x + source[:, None].to(tl.int64) * K + k[None, :], (m[:, None] < end) & (k[None, :] < K), 0)
+        total = dot(left, right, total)
+    at = group.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
+    tl.store(dweight + at, narrow(total, dweight.dtype.element_ty), (n[:, None] < N) & (k[None, :] < K))
+
+
+def tiles_of(ends: Tensor, M: int, rows: int) -> tuple[int, Tensor, Tensor]:
+    """How many tiles of `rows` rows suffice whatever the groups; the group of each (the number of groups: none), its first row.
+
+    Worked out where `ends` is, so that the host waits for nothing.
+    """
+    tiles = M // rows + len(ends)
+    begins = F.pad(ends[:-1], (1, 0))
+    last = ((ends - begins + rows - 1) // rows).cumsum(0)  # tiles up to the end of each group
+    number = torch.arange(tiles, device=ends.device)
+    group = torch.searchsorted(last, number, right=True)
+    known = group.clamp(max=len(ends) - 1)
+    before = F.pad(last[:-1], (1, 0))[known]
+    return tiles, group, begins[known] + (number - before) * rows
+
+
+def times_weights(x, weight, ends, gather=None, fan_out=1, scatter=None, scale=None, dtype=None) -> Tensor:
+    """The forward pass on Triton, in x's or another dtype; `weight` (G, N, K) may be of any strides."""
+    M, (G, N, K) = len(x) if gather is None else len(gather), weight.shape
+    dtype = dtype or (x.dtype if x.dtype != torch.int8 else torch.int32 if scale is None else torch.float32)
+    y = torch.zeros(M, N, dtype=dtype, device=x.device)
+    if 0 in (M, N, K, G):
+        return y
+    if INTERPRETED:
+        rows, columns, depth, options = 16, 32, 32, {}
+    elif x.dtype == torch.float32:
+        rows, columns, depth, options = 64, 64, 16, dict(num_warps=8, num_stages=3)
+    else:
+        rows = 128 if M >= 64 * G else 16
+        columns, depth, options = 128, 64, dict(num_warps=8 if rows == 128 else 4, num_stages=3)
+    tiles, group, start = tiles_of(ends, M, rows)
+    launch(
+        rows_kernel, (tiles * -(-N // columns),), x, weight, y, gather, scatter, scale, group, start, ends, K, N, fan_out, G,
+        tiles, *weight.stride(), ROWS=rows, COLUMNS=columns, DEPTH=depth, BAND=8, **options,
+    )  # fmt: skip
+    return y
+
+
+def times_rows(x: Tensor, dy: Tensor, like: Tensor, ends: Tensor, gather=None, fan_out=1, scatter=None, scale=None) -> Tensor:
+    """The gradient of the weights on Triton, shaped as `like` (G, N, K)."""
+    G, N, K = like.shape
+    dweight = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if INTERPRETED:
+        rows, columns, depth, options = 16, 32, 32, {}
+    elif x.dtype == torch.float32:
+        rows, columns, depth, options = 16, 64, 64, dict(num_warps=8, num_stages=3)
+    else:
+        rows, columns, depth, options = 64, 128, 128, dict(num_warps=8, num_stages=3)
+    grid = (-(-N // columns), -(-K // depth), G)
+    options = dict(ROWS=rows, COLUMNS=columns, DEPTH=depth, **options)
+    launch(weights_kernel, grid, x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out, **options)
+    return dweight
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a product of x is Triton's: int8 goes where float16 would."""
+    return on_triton(x if x.dtype != torch.int8 else x.new_empty(0, dtype=torch.float16))
+
+
+# Loops over the groups, as PyTorch's own grouped_mm on a CPU, which takes the same time, and neither float64 nor odd widths.
+@torch.library.custom_op("rosetta::rows_times", mutates_args=())
+def rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """(M, K) and (G, N, K) -> (M, N) out of PyTorch's products, rows beyond the groups 0."""
+    y, begin = x.new_empty(x.shape[0], weight.shape[1]), 0
+    for group, end in enumerate(ends.tolist()):
+        if end > begin:
+            torch.mm(x[begin:end], weight[group].T, out=y[begin:end])
+        begin = end
+    y[begin:].zero_()
+    return y
+
+
+@rows_times.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("rosetta::outer", mutates_args=())
+def outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """(M, N) and (M, K) -> (G, N, K): the sum of dy x^T over the rows of each group."""
+    dweight, begin = x.new_empty(ends.shape[0], dy.shape[1], x.shape[1]), 0
+    for matrix, end in zip(dweight, ends.tolist(), strict=True):
+        torch.mm(dy[begin:end].T, x[begin:end], out=matrix)
+        begin = end
+    return dweight
+
+
+@outer.register_fake
+def _(dy, x, ends):
+    return x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])
+
+
+class GroupedMatmul(Function):
+    @staticmethod
+    def forward(ctx, x, weight, ends, gather, fan_out: int, scatter, scale):
+        ctx.save_for_backward(x, weight, ends, gather, scatter, scale)
+        ctx.fan_out = fan_out
+        if fused(x):
+            return times_weights(x.contiguous(), weight, ends, gather, fan_out, scatter, scale)
+        rows = x if gather is None else x[gather // fan_out]
+        if x.dtype == torch.int8:
+            y = rows_times(rows.double(), weight.double(), ends)  # exact: no sum reaches 2^53
+            y = y.to(torch.int32) if scale is None else y.float() * scale[:, None]
+        else:
+            y = rows_times(rows, weight, ends)
+            y = y if scale is None else (y * scale[:, None]).to(y.dtype)
+        return y if scatter is None else torch.empty_like(y).index_copy_(0, scatter, y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, ends, gather, scatter, scale = ctx.saved_tensors
+        need_x, need_weight, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 6))
+        dx = dweight = dscale = None
+        on_gpu, fan_out, dy = fused(x), ctx.fan_out, dy.contiguous()
+        rows = None  # of x, as they are multiplied
+        if need_scale or not on_gpu:
+            rows = x if gather is None else x[gather // fan_out]
+        if not on_gpu and scatter is not None:
+            dy = dy[scatter]
+        if need_x or need_scale:
+            if on_gpu:
+                wide = torch.float32 if need_scale else None  # rounded once, when the gate has been multiplied
+                back = times_weights(dy, weight.mT, ends, scatter, dtype=wide)
+            else:
+                back = rows_times(dy, weight.mT, ends)  # (M, K): what reaches the rows, were there no gate
+            if need_scale:
+                dscale = (back * rows).sum(-1, dtype=scale.dtype)
+            back = back if scale is None else (back * scale[:, None]).to(x.dtype)
+            if gather is None:
+                dx = back
+            else:
+                dx = torch.empty_like(back).index_copy_(0, gather, back).unflatten(0, (-1, fan_out)).sum(1)
+        if need_weight:
+            if on_gpu:
+                dweight = times_rows(x.contiguous(), dy, weight, ends, gather, fan_out, scatter, scale)
+            else:
+                dweight = outer(dy if scale is None else (dy * scale[:, None]).to(dy.dtype), rows, ends)
+        return dx, dweight, None, None, None, None, dscale
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    *,
+    gather: Tensor | None = None,
+    fan_out: int = 1,
+    scatter: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Each group of rows times its own matrix: (M, N).
+
+    x: (M, K), or with `gather` (M / fan_out, K). weight: (G, N, K), as of a linear layer, of the dtype of x. ends: (G,) int64,
+    not decreasing, at most M: where each group ends. gather: (M,) int64, a permutation: row m is x[gather[m] // fan_out].
+    scatter: (M,) int64, a permutation: row m of the result is written to row scatter[m]. scale: (M,), what row m is multiplied
+    by. int8 gives int32, or float32 where there is a scale, and no gradients.
+    ValueError for shapes and dtypes that do not fit, and on a CPU for ends that are out of order or of range.
+    """
+    M = len(x) if gather is None else len(gather)
+    require(x.ndim == 2, "x", f"(M, K), not {tuple(x.shape)}")
+    fits = weight.ndim == 3 and weight.shape[2] == x.shape[1] and weight.dtype == x.dtype
+    require(fits, "weight", f"(G, N, {x.shape[1]}) of {x.dtype}, not {tuple(weight.shape)} of {weight.dtype}")
+    require(len(weight) > 0, "weight", "at least one group, not 0")
+    require(ends.shape == weight.shape[:1], "ends", f"an end for each of {len(weight)} groups, not {tuple(ends.shape)}")
+    require(fan_out >= 1, "fan_out", f"at least 1, not {fan_out}")
+    require(gather is not None or fan_out == 1, "fan_out", f"{fan_out} without a gather")
+    require(M == len(x) * fan_out, "gather", f"{len(x) * fan_out} rows, {fan_out} for each of x, not {M}")
+    for name, given in (("gather", gather), ("scatter", scatter), ("scale", scale)):
+        require(given is None or given.shape == (M,), name, f"({M},), not {given is not None and tuple(given.shape)}")
+    if ends.device.type == "cpu" and len(ends) and not torch.compiler.is_compiling():
+        right = ends[0] >= 0 and ends[-1] <= M and bool((ends[1:] >= ends[:-1]).all())
+        require(right, "ends", f"rising from 0 to at most {M}, not {ends.tolist() if not right else ''}")
+    gather, scatter, scale = (None if given is None else given.contiguous() for given in (gather, scatter, scale))
+    return apply(GroupedMatmul, x, weight, ends.contiguous(), gather, fan_out, scatter, scale)
+
+
+def pytorch(x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+    rows, begin, parts = x if gather is None else x[gather // fan_out], 0, []
+    for matrix, end in zip(weight, ends.tolist(), strict=True):
+        parts.append(rows[begin:end] @ matrix.T)
+        begin = end
+    y = torch.cat([*parts, rows[begin:] @ weight.sum(0).T * 0])
+    y = y if scale is None else (y * scale[:, None]).to(x.dtype)
+    return y if scatter is None else torch.empty_like(y).index_copy(0, scatter, y)
+
+
+def inputs(draw: Draw) -> dict:
+    N, fan_out, G = draw.one_of(0, 1, 5, 16, 33), draw.one_of(1, 2, 3), draw.one_of(1, 2, 5, 8)
+    gathered = draw.flag()
+    K, wide = draw.one_of(1, 8, 17, 40), draw.one_of(1, 8, 24, 70)
+    M = N * fan_out if gathered else N
+    ends = np.sort(draw.integers(G, high=M))
+    if draw.flag():
+        ends[-1] = M
+    return dict(
+        x=draw.normal(N, K),
+        weight=draw.normal(G, wide, K),
+        ends=ends,
+        gather=draw.random.permutation(M) if gathered else None,
+        fan_out=fan_out if gathered else 1,
+        scatter=draw.random.permutation(M) if draw.flag() else None,
+        scale=draw.uniform(M) if draw.flag() else None,
+    )
+
+
+def cost(x, weight, ends, *, gather=None, **_) -> tuple[Cost, Cost]:
+    M, (_, N, K) = len(x) if gather is None else len(gather), weight.shape
+    y = M * N * x.element_size()
+    once, flops = bytes_of(x, weight), 2 * M * N * K
+    return Cost(flops, once + y), Cost(2 * flops, 2 * once + y)
+
+
+def examples(tokens: int, groups: int, width: int, dim: int, top_k: int) -> tuple[dict, dict]:
+    """Both products of an expert layer, of tokens evenly shared out."""
+    M = tokens * top_k
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(0))
+    ends = torch.arange(1, groups + 1) * M // groups
+    up = dict(x=Shape((tokens, dim)), weight=Shape((groups, width, dim)), ends=ends, gather=order, fan_out=top_k)
+    down = dict(x=Shape((M, width)), weight=Shape((groups, dim, width)), ends=ends, scatter=order, scale=Shape((M,)))
+    return up, down
+
+
+SPEC = Spec(
+    op=grouped_matmul,
+    reference=reference,
+    reference_backward=reference_backward,
+    pytorch=pytorch,
+    inputs=inputs,
+    gradients=("x", "weight", "scale"),
+    wide=("scale",),
+    cost=cost,
+    gpu=(*examples(16384, 8, 4096, 2048, 2), *examples(16384, 64, 1024, 2048, 8)),
+    cpu=examples(2048, 8, 512, 256, 2),
+)

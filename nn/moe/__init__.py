@@ -1,0 +1,15 @@
+"""Mixtures of experts: routers, what keeps them balanced, expert layers.
+
+routing.py       what a router decides
+losses.py        balance and z-loss
+capacity.py      a bound on what an expert takes, and what becomes of the rest
+experts.py       the experts as stacks of matrices
+"""
+
+from nn.moe.moe import ROUTERS, MoE
+
+MOE = {
+    "moe": MoE,
+}
+
+__all__ = ["MOE", "ROUTERS", "MoE"]

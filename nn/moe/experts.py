@@ -1,0 +1,72 @@
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kernels.glu import activate, glu
+from kernels.grouped_matmul import grouped_matmul
+from nn.checks import at_least
+from nn.linear import cast_once
+from nn.moe.routing import counts_of
+
+# N tokens, K choices a token, E experts, M = N K choices
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity"]
+GATED = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity")
+PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+class StackedLinear(nn.Module):
+    """A linear layer an expert, without biases: weight (E, out, in). It multiplies rows that stand sorted by expert.
+
+    `uses`: how many of them a token goes through, for those who count operations.
+    """
+
+    adapter = None
+
+    def __init__(self, experts: int, dim_in: int, dim_out: int, *, uses: int, writes_residual: bool = False):
+        super().__init__()
+        self.in_features, self.out_features, self.uses, self.writes_residual = dim_in, dim_out, uses, writes_residual
+        self.weight = nn.Parameter(torch.empty(experts, dim_out, dim_in))
+        nn.init.uniform_(self.weight, -(dim_in**-0.5), dim_in**-0.5)
+
+    def forward(self, x: Tensor, ends: Tensor, **places) -> Tensor:
+        x = cast_once(x)
+        return grouped_matmul(x, self.weight.to(x.dtype), ends, **places)
+
+
+class Experts(nn.Module):
+    """E feed-forward layers of one shape, of which each token goes through those chosen for it: W_down (f(W_gate x) * W_up x).
+
+    Without `gated`, W_down f(W_up x). Choices are sorted by expert, three grouped products (kernels/grouped_matmul.py) gather
+    tokens and scatter results, and the choices of a token are added up. Nothing is padded, nothing dropped.
+    """
+
+    def __init__(
+        self, dim: int, experts: int, width: int, *, activation: Activation = "silu", gated: bool = True, uses: int = 1
+    ):
+        super().__init__()
+        at_least(1, experts=experts, width=width)
+        if activation not in (known := GATED if gated else PLAIN):
+            raise ValueError(f"activation: {'gated' if gated else 'plain'} experts know {', '.join(known)}, not {activation}")
+        self.experts, self.activation = experts, activation
+        self.gate = StackedLinear(experts, dim, width, uses=uses) if gated else None
+        self.up = StackedLinear(experts, dim, width, uses=uses)
+        self.down = StackedLinear(experts, width, dim, uses=uses, writes_residual=True)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""
+        order = experts.flatten().argsort(stable=True)  # (M,): choices, sorted by expert
+        ends = counts_of(experts, self.experts).cumsum(0)
+        h = self.hidden(x, ends, gather=order, fan_out=experts.shape[1])
+        y = self.down(h, ends, scatter=order, scale=weights.flatten()[order])
+        return y.unflatten(0, (-1, experts.shape[1])).sum(1)
+
+    def hidden(self, x: Tensor, ends: Tensor, **places) -> Tensor:
+        """(M, width) of rows sorted by expert, or of tokens that `places` gathers."""
+        x = cast_once(x)
+        up = self.up(x, ends, **places)
+        if self.gate is None:
+            return activate(up, activation=self.activation)
+        gate = self.gate(x, ends, **places)
+        return gate * up if self.activation == "identity" else glu(gate, up, activation=self.activation)

@@ -1,0 +1,141 @@
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nn.checks import at_least
+from nn.context import Context
+from nn.linear import Linear
+from nn.moe import losses
+from nn.moe.bias_balanced import BiasBalanced
+from nn.moe.capacity import drop, reroute, room
+from nn.moe.expert_choice import ExpertChoice
+from nn.moe.experts import Activation, Experts
+from nn.moe.hashed import HashRouter
+from nn.moe.noisy import NoisyTopK
+from nn.moe.recurrent import RecurrentRouter
+from nn.moe.rl import RLRouter
+from nn.moe.routing import Routing
+from nn.moe.sinkhorn import SinkhornRouter
+from nn.moe.topk import Switch, TopK
+from nn.spec import build
+
+ROUTERS = {
+    "topk": TopK,
+    "switch": Switch,
+    "noisy": NoisyTopK,
+    "bias": BiasBalanced,
+    "hash": HashRouter,
+    "sinkhorn": SinkhornRouter,
+    "rl": RLRouter,
+    "recurrent": RecurrentRouter,
+    "expert_choice": ExpertChoice,
+}
+
+
+class MoE(nn.Module):
+    """A mixture of experts: a router sends each token to a few of many feed-forward layers, and adds up what they say.
+
+    Shazeer et al. 2017 (arXiv:1701.06538); as Mixtral has it (arXiv:2401.04088) unless told otherwise. Beside the router:
+
+    router      one of ROUTERS, its own options behind slashes: `router=topk/over=all`. `top_k` is that of the router
+    width       of an expert; by default that of `swiglu`, of `mlp` where the experts are not `gated`
+    shared      that many experts' width more for every token (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066); `shared_gate`
+                weighs them by a sigmoid of the token (Qwen2-MoE, arXiv:2407.10671)
+    balance     coefficient of the balance loss, and `scope` over which it is counted; `z` that of the z-loss (losses.py)
+    capacity    in training an expert takes `capacity` times its share at most, in the order of the tokens, and drops the rest;
+                0: no bound. `eval_capacity`, `overflow` and `metric` are the same for inference (capacity.py)
+    scaling     of what the routed experts say
+
+    Auxiliary losses are in nats a token; a pass that learns leaves their sum in `auxiliary`. `routing` is what the router
+    decided in the last pass, after the bounds. Shapes: (B, T, dim) -> (B, T, dim).
+    """
+
+    auxiliary: Tensor | None = None
+    routing: Routing | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int | None = None,
+        layer: int = 1,
+        *,
+        experts: int = 8,
+        top_k: int | None = None,
+        width: int | None = None,
+        router: str = "topk",
+        activation: Activation = "silu",
+        gated: bool = True,
+        shared: int = 0,
+        shared_gate: bool = False,
+        scaling: float = 1.0,
+        balance: float = 0.01,
+        scope: Literal["sequence", "micro", "global", "buffer"] = "micro",
+        z: float = 0.001,
+        capacity: float = 0.0,
+        eval_capacity: float = 0.0,
+        overflow: Literal["drop", "reroute"] = "drop",
+        metric: Literal["score", "order", "reverse", "random"] = "score",
+    ):
+        super().__init__()
+        at_least(0, shared=shared, balance=balance, z=z, capacity=capacity, eval_capacity=eval_capacity)
+        offered = dict(experts=experts, vocab_size=vocab_size, layer=layer) | ({} if top_k is None else dict(top_k=top_k))
+        self.router = build(router.replace("/", ":"), ROUTERS, "router", dim, **offered)
+        if top_k not in (None, self.router.top_k):
+            raise ValueError(f"top_k: the router {router.partition('/')[0]} makes {self.router.top_k} choices, not {top_k}")
+        self.top_k = self.router.top_k
+        width = width or (-(-8 * dim // (3 * 64)) * 64 if gated else 4 * dim)
+        options = dict(activation=activation, gated=gated)
+        self.experts = Experts(dim, experts, width, uses=self.top_k, **options)
+        self.shared = Experts(dim, 1, shared * width, **options) if shared else None
+        if shared_gate and not shared:
+            raise ValueError("shared_gate: there are no shared experts")
+        self.shared_gate = Linear(dim, 1, bias=False) if shared_gate else None
+        self.scaling, self.balance, self.z = scaling, balance, z
+        self.capacity, self.eval_capacity, self.overflow, self.metric = capacity, eval_capacity, overflow, metric
+        self.balance_loss = losses.Balance(scope, experts)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        flat = x.flatten(0, 1)  # (N, dim)
+        routing = self.router(flat, context)
+        if self.router.learns():
+            self.auxiliary = self.losses(routing, sequences=x.shape[0])
+        self.routing = routing = self.bounded(routing)
+        y = self.experts(flat, routing.experts, routing.weights * self.scaling)
+        return (y if self.shared is None else y + self.of_all(flat)).to(x.dtype).view_as(x)
+
+    def of_all(self, x: Tensor) -> Tensor:
+        """(N, dim): what the shared experts say."""
+        N = len(x)
+        everyone, whole = x.new_zeros(N, 1, dtype=torch.int64), torch.ones(N, 1, device=x.device)
+        y = self.shared(x, everyone, whole)
+        return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
+
+    def losses(self, routing: Routing, *, sequences: int) -> Tensor | None:
+        """The auxiliary losses of a pass, those of the router among them, each with its coefficient."""
+        parts = [] if self.router.own_loss is None else [self.router.own_loss]
+        if self.balance and routing.scores is not None and routing.experts.numel():
+            parts.append(self.balance * self.balance_loss(routing.experts, routing.scores, sequences))
+        if self.z and routing.logits is not None and routing.experts.numel():
+            parts.append(self.z * losses.z_loss(routing.logits))
+        return sum(parts) if parts else None
+
+    def bounded(self, routing: Routing) -> Routing:
+        """The routing with what no expert has room for dropped or sent elsewhere."""
+        experts, weights, many = routing.experts, routing.weights, self.router.experts
+        learns = self.router.learns()
+        factor = self.capacity if learns else self.eval_capacity
+        if not factor:
+            return routing
+        capacity = room(factor, experts.numel(), many)
+        if learns or self.overflow == "drop":
+            experts = drop(experts, weights.detach(), many, capacity, "order" if learns else self.metric)
+        else:
+            if routing.scores is None:
+                raise ValueError("overflow: a router that has no scores knows no next best expert; drop is what remains")
+            experts, weights = reroute(experts, weights, routing.scores, capacity, self.metric)
+        return Routing(experts, weights, routing.scores, routing.logits)
+
+    def after_step(self) -> None:
+        """What is done once a step, after all its parts: its counts begin anew."""
+        self.balance_loss.after_step()
