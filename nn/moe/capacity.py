@@ -67,7 +67,7 @@ def reroute(
     K, E = experts.shape[1], scores.shape[-1]
     placed = drop(experts, weights, E, capacity, metric)
     own = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, True)
-    ranking = scores.masked_fill(own, -torch.inf).argsort(-1, descending=True, stable=True)  # the own ones last
+    ranking = scores.masked_fill(own, -torch.inf).argsort(dim=-1, descending=True, stable=True)  # the own ones last
     ratio = weights.sum(-1) / scores.gather(-1, experts).sum(-1).clamp(min=torch.finfo(scores.dtype).tiny)  # (N,)
     rounds = E - K if extra is None else min(extra, E - K)
     for candidate in ranking[:, :rounds].T:  # (N,)

@@ -78,6 +78,7 @@ class MoE(nn.Module):
         metric: Literal["score", "order", "reverse", "random"] = "score",
     ):
         super().__init__()
+        at_least(1, width=width)
         at_least(0, shared=shared, balance=balance, z=z, capacity=capacity, eval_capacity=eval_capacity)
         offered = dict(experts=experts, vocab_size=vocab_size, layer=layer) | ({} if top_k is None else dict(top_k=top_k))
         self.router = build(router.replace("/", ":"), ROUTERS, "router", dim, **offered)

@@ -1,0 +1,82 @@
+"""Experts on different processes: tokens travel to them and what they say travels back.
+
+Each of W processes holds E / W experts and its own tokens. Choices, sorted by expert, go to the process of their expert in
+one all-to-all, whose sizes a smaller one tells beforehand, and come back in another; nothing is padded and nothing dropped.
+A forward pass sends, of N K choices of C numbers, those of other processes' experts twice: about 2 N K C (W - 1) / W numbers a
+process; the backward pass as many. Lepikhin et al. 2020, "GShard" (arXiv:2006.16668), section 3.2; without capacity as in
+Gale et al. 2022, "MegaBlocks" (arXiv:2211.15841).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nn.linear import cast_once
+from nn.moe.experts import Experts
+from nn.moe.moe import MoE
+from nn.moe.routing import counts_of
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to other processes: `send` and `receive` say how many to and from each. Its backward pass sends them back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
+        ctx.sizes = send, receive, group
+        y = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.sizes
+        dx = dy.new_empty(sum(send), *dy.shape[1:])
+        dist.all_to_all_single(dx, dy.contiguous(), send, receive, group=group)
+        return dx, None, None, None
+
+
+class ParallelExperts(nn.Module):
+    """The experts of one process, used by the tokens of all: what `Experts` computes, from and for each process's own tokens.
+
+    `own` holds experts rank E / W and the following; their gradients are sums over the tokens of all processes.
+    `sent_bytes` counts what this process has sent to others in forward passes. ValueError where E does not divide by W.
+    """
+
+    def __init__(self, experts: Experts, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        if experts.experts % world:
+            raise ValueError(f"experts: {experts.experts} cannot be shared among {world} processes evenly")
+        self.experts, self.group, self.rank, self.world = experts.experts, group, rank, world
+        share = experts.experts // world
+        for layer in (experts.gate, experts.up, experts.down):
+            if layer is not None:
+                layer.weight = nn.Parameter(layer.weight.detach()[rank * share : (rank + 1) * share].clone())
+        experts.experts = share
+        self.own, self.sent_bytes = experts, 0
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""
+        K, x = experts.shape[1], cast_once(x)
+        order = experts.flatten().argsort(stable=True)
+        counts = counts_of(experts, self.experts).view(self.world, -1)  # (W, E / W): for the experts of each process
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=self.group)
+        send, receive = counts.sum(1).tolist(), arriving.sum(1).tolist()
+        order = order[: sum(send)]  # those without an expert stay
+        rows = self.travel(x[order // K], send, receive)
+        here = torch.arange(self.own.experts, device=x.device).repeat(self.world).repeat_interleave(arriving.flatten())
+        y = self.own(rows, here[:, None], weights.new_ones(len(rows), 1))
+        y = self.travel(y, receive, send) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // K, y.to(x.dtype))
+
+    def travel(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        self.sent_bytes += (sum(send) - send[self.rank]) * rows.shape[1] * rows.element_size()
+        return AllToAll.apply(rows, send, receive, self.group)
+
+
+def share_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """In place: every mixture of the model keeps the experts of this process only."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts = ParallelExperts(module.experts, group)
