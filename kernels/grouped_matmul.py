@@ -1,16 +1,16 @@
 """Many matrices, each times its own rows: the product of a mixture of experts, whose tokens stand sorted by expert.
 
-    y[scatter[m]] = scale[m] W_e x[gather[m] // fan_out]       for the rows m of group e, ends[e-1] <= m < ends[e]
+    y[scatter[m] // fan_in] += scale[m] W_e x[gather[m] // fan_out]      for the rows m of group e, ends[e-1] <= m < ends[e]
 
 Groups are ragged and may be empty; rows from the last end on belong to none, and give 0. `gather` reads tokens where they
-stand (`fan_out` of them for each: one an expert it goes to), `scatter` writes rows back to where they belong, and `scale`
+stand (each for `fan_out` experts), `scatter` brings what the experts say back (`fan_in` of them for each token), and `scale`
 is the gate. Nothing is padded and nothing is dropped: Gale et al. 2022, "MegaBlocks: Efficient Sparse Training with
 Mixture-of-Experts" (arXiv:2211.15841); gather and scatter in the product: Tan et al. 2024, "Scattered Mixture-of-Experts
 Implementation" (arXiv:2403.08245). Products of int8 are summed in int32 exactly.
 
 With M rows, K numbers in, N out, G groups, b bytes a number:
-    forward    2 M K N FLOPs      (M K / fan_out + G K N + M N) b bytes moved
-    backward   4 M K N FLOPs      2 (M K / fan_out + G K N) b + M N b bytes: x and W are read, their gradients written, dy read
+    forward    2 M K N FLOPs      (M K / fan_out + G K N + M N / fan_in) b bytes moved
+    backward   4 M K N FLOPs      2 (M K / fan_out + G K N) b + M N b / fan_in bytes: dy is read too
 """
 
 import numpy as np
@@ -24,22 +24,22 @@ from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 # M rows, K numbers of a row of x, N numbers of a row of y, G groups
 
 
-def reference(x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+def reference(x, weight, ends, *, gather=None, fan_out=1, scatter=None, fan_in=1, scale=None):
     M = len(x) if gather is None else len(gather)
-    y = np.zeros((M, weight.shape[1]))
+    y = np.zeros((M // fan_in, weight.shape[1]))
     for m in range(ends[-1] if len(ends) else 0):
         e = np.searchsorted(ends, m, side="right")
         row = weight[e] @ x[m if gather is None else gather[m] // fan_out]
-        y[m if scatter is None else scatter[m]] = row * (1 if scale is None else scale[m])
+        y[m if scatter is None else scatter[m] // fan_in] += row * (1 if scale is None else scale[m])
     return y
 
 
-def reference_backward(grads, x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+def reference_backward(grads, x, weight, ends, *, gather=None, fan_out=1, scatter=None, fan_in=1, scale=None):
     dx, dweight, dscale = np.zeros(x.shape), np.zeros(weight.shape), np.zeros(0 if scale is None else len(scale))
     for m in range(ends[-1] if len(ends) else 0):
         e = np.searchsorted(ends, m, side="right")
         token = m if gather is None else gather[m] // fan_out
-        dy = grads[0][m if scatter is None else scatter[m]]
+        dy = grads[0][m if scatter is None else scatter[m] // fan_in]
         factor = 1 if scale is None else scale[m]
         dx[token] += factor * dy @ weight[e]
         dweight[e] += factor * np.outer(dy, x[token])
@@ -92,7 +92,7 @@ def rows_kernel(
 
 @triton.jit
 def weights_kernel(
-    x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out,
+    x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out, fan_in,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """dW_e = sum over the rows of group e of scale dy x^T: a block of COLUMNS outputs by DEPTH inputs a program."""
@@ -107,7 +107,7 @@ def weights_kernel(
         if gather is not None:
             source = tl.load(gather + m, m < end, 0) // fan_out
         if scatter is not None:
-            target = tl.load(scatter + m, m < end, 0)
+            target = tl.load(scatter + m, m < end, 0) // fan_in
         at = target[None, :].to(tl.int64) * N + n[:, None]
         left = tl.load(dy + at, (m[None, :] < end) & (n[:, None] < N), 0)  # (COLUMNS, ROWS)
         if scale is not None:
@@ -156,7 +156,7 @@ def times_weights(x, weight, ends, gather=None, fan_out=1, scatter=None, scale=N
     return y
 
 
-def times_rows(x: Tensor, dy: Tensor, like: Tensor, ends: Tensor, gather=None, fan_out=1, scatter=None, scale=None) -> Tensor:
+def times_rows(x, dy, like, ends, gather=None, fan_out=1, scatter=None, fan_in=1, scale=None) -> Tensor:
     """The gradient of the weights on Triton, shaped as `like` (G, N, K)."""
     G, N, K = like.shape
     dweight = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -168,7 +168,7 @@ def times_rows(x: Tensor, dy: Tensor, like: Tensor, ends: Tensor, gather=None, f
         rows, columns, depth, options = 64, 128, 128, dict(num_warps=8, num_stages=3)
     grid = (-(-N // columns), -(-K // depth), G)
     options = dict(ROWS=rows, COLUMNS=columns, DEPTH=depth, **options)
-    launch(weights_kernel, grid, x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out, **options)
+    launch(weights_kernel, grid, x, dy, dweight, gather, scatter, scale, ends, K, N, fan_out, fan_in, **options)
     return dweight
 
 
@@ -210,52 +210,81 @@ def _(dy, x, ends):
     return x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])
 
 
+def inverse(permutation: Tensor) -> Tensor:
+    return torch.empty_like(permutation).scatter_(0, permutation, torch.arange(len(permutation), device=permutation.device))
+
+
+def combined(y: Tensor, scale: Tensor | None, scatter: Tensor | None, fan_in: int) -> Tensor:
+    """(M, N) -> (M / fan_in, N): each row where `scatter` says, times its scale, and rows of one place added up, in float32."""
+    back = None if scatter is None else inverse(scatter)
+    y = y if back is None else y[back]
+    if scale is None:
+        return y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scale = scale.to(wide) if back is None else scale[back].to(wide)
+    return torch.bmm(scale.view(-1, 1, fan_in), y.to(wide).unflatten(0, (-1, fan_in))).squeeze(1).to(y.dtype)
+
+
 class GroupedMatmul(Function):
     @staticmethod
-    def forward(ctx, x, weight, ends, gather, fan_out: int, scatter, scale):
-        ctx.save_for_backward(x, weight, ends, gather, scatter, scale)
-        ctx.fan_out = fan_out
+    def forward(ctx, x, weight, ends, gather, fan_out: int, scatter, fan_in: int, scale):
+        said = None  # what each row gives before the gate, which the gate's gradient needs
         if fused(x):
-            return times_weights(x.contiguous(), weight, ends, gather, fan_out, scatter, scale)
-        rows = x if gather is None else x[gather // fan_out]
-        if x.dtype == torch.int8:
-            y = rows_times(rows.double(), weight.double(), ends)  # exact: no sum reaches 2^53
-            y = y.to(torch.int32) if scale is None else y.float() * scale[:, None]
+            y = times_weights(x.contiguous(), weight, ends, gather, fan_out, scatter, scale)
+            y = y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1, dtype=y.dtype)
         else:
-            y = rows_times(rows, weight, ends)
-            y = y if scale is None else (y * scale[:, None]).to(y.dtype)
-        return y if scatter is None else torch.empty_like(y).index_copy_(0, scatter, y)
+            rows = x if gather is None else x[gather // fan_out]
+            if x.dtype == torch.int8:
+                y = rows_times(rows.double(), weight.double(), ends)  # exact: no sum reaches 2^53
+                y = y.to(torch.int32) if scale is None else y.float()
+            else:
+                y = rows_times(rows, weight, ends)
+            said = None if scale is None else y
+            y = combined(y, scale, scatter, fan_in)
+        ctx.save_for_backward(x, weight, ends, gather, scatter, scale, said)
+        ctx.fans = fan_out, fan_in
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, ends, gather, scatter, scale = ctx.saved_tensors
-        need_x, need_weight, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 6))
-        dx = dweight = dscale = None
-        on_gpu, fan_out, dy = fused(x), ctx.fan_out, dy.contiguous()
-        rows = None  # of x, as they are multiplied
-        if need_scale or not on_gpu:
-            rows = x if gather is None else x[gather // fan_out]
-        if not on_gpu and scatter is not None:
-            dy = dy[scatter]
-        if need_x or need_scale:
-            if on_gpu:
-                wide = torch.float32 if need_scale else None  # rounded once, when the gate has been multiplied
-                back = times_weights(dy, weight.mT, ends, scatter, dtype=wide)
-            else:
-                back = rows_times(dy, weight.mT, ends)  # (M, K): what reaches the rows, were there no gate
-            if need_scale:
-                dscale = (back * rows).sum(-1, dtype=scale.dtype)
-            back = back if scale is None else (back * scale[:, None]).to(x.dtype)
-            if gather is None:
-                dx = back
-            else:
-                dx = torch.empty_like(back).index_copy_(0, gather, back).unflatten(0, (-1, fan_out)).sum(1)
-        if need_weight:
-            if on_gpu:
-                dweight = times_rows(x.contiguous(), dy, weight, ends, gather, fan_out, scatter, scale)
-            else:
-                dweight = outer(dy if scale is None else (dy * scale[:, None]).to(dy.dtype), rows, ends)
-        return dx, dweight, None, None, None, None, dscale
+        x, weight, ends, gather, scatter, scale, said = ctx.saved_tensors
+        (fan_out, fan_in), (need_x, need_weight, *_, need_scale) = ctx.fans, ctx.needs_input_grad
+        backward = gradients_on_triton if fused(x) else gradients
+        drows, dweight, dscale = backward(
+            dy.contiguous(), x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale
+        )
+        dx = drows if drows is None or gather is None else combined(drows, None, gather, fan_out)
+        return dx, dweight, None, None, None, None, None, dscale
+
+
+def gradients(dy, x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale):
+    """Of the rows (M, K) as they are multiplied, of weight and scale; None where it is not needed."""
+    drows = dweight = dscale = None
+    dy = dy if scatter is None else dy[scatter // fan_in]  # (M, N)
+    if scale is not None:
+        wide = dy.to(scale.dtype, copy=True)
+        if need_scale:
+            dscale = (wide * said).sum(-1)
+        dy = wide.mul_(scale[:, None]).to(dy.dtype)
+    if need_x:
+        drows = rows_times(dy, weight.mT, ends)
+    if need_weight:
+        dweight = outer(dy, x if gather is None else x[gather // fan_out], ends)
+    return drows, dweight, dscale
+
+
+def gradients_on_triton(dy, x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale):
+    """The same; what reaches the rows is rounded once, after the gate."""
+    drows = dweight = dscale = None
+    if need_x or need_scale:
+        drows = times_weights(dy, weight.mT, ends, scatter, fan_in, dtype=torch.float32 if need_scale else None)
+    if need_scale:
+        dscale = (drows * (x if gather is None else x[gather // fan_out])).sum(-1, dtype=scale.dtype)
+    if need_x and scale is not None:
+        drows = (drows * scale[:, None]).to(x.dtype)
+    if need_weight:
+        dweight = times_rows(x.contiguous(), dy, weight, ends, gather, fan_out, scatter, fan_in, scale)
+    return drows, dweight, dscale
 
 
 def grouped_matmul(
@@ -266,14 +295,15 @@ def grouped_matmul(
     gather: Tensor | None = None,
     fan_out: int = 1,
     scatter: Tensor | None = None,
+    fan_in: int = 1,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Each group of rows times its own matrix: (M, N).
+    """Each group of rows times its own matrix: (M / fan_in, N).
 
     x: (M, K), or with `gather` (M / fan_out, K). weight: (G, N, K), as of a linear layer, of the dtype of x. ends: (G,) int64,
     not decreasing, at most M: where each group ends. gather: (M,) int64, a permutation: row m is x[gather[m] // fan_out].
-    scatter: (M,) int64, a permutation: row m of the result is written to row scatter[m]. scale: (M,), what row m is multiplied
-    by. int8 gives int32, or float32 where there is a scale, and no gradients.
+    scatter: (M,) int64, a permutation: row m is added to row scatter[m] // fan_in of the result. scale: (M,), what row m is
+    multiplied by. int8 gives int32, or float32 where there is a scale, and no gradients.
     ValueError for shapes and dtypes that do not fit, and on a CPU for ends that are out of order or of range.
     """
     M = len(x) if gather is None else len(gather)
@@ -285,28 +315,30 @@ def grouped_matmul(
     require(fan_out >= 1, "fan_out", f"at least 1, not {fan_out}")
     require(gather is not None or fan_out == 1, "fan_out", f"{fan_out} without a gather")
     require(M == len(x) * fan_out, "gather", f"{len(x) * fan_out} rows, {fan_out} for each of x, not {M}")
+    require(fan_in >= 1 and M % fan_in == 0, "fan_in", f"{M} rows in sums of {fan_in}")
+    require(scatter is not None or fan_in == 1, "fan_in", f"{fan_in} without a scatter")
     for name, given in (("gather", gather), ("scatter", scatter), ("scale", scale)):
         require(given is None or given.shape == (M,), name, f"({M},), not {given is not None and tuple(given.shape)}")
     if ends.device.type == "cpu" and len(ends) and not torch.compiler.is_compiling():
         right = ends[0] >= 0 and ends[-1] <= M and bool((ends[1:] >= ends[:-1]).all())
         require(right, "ends", f"rising from 0 to at most {M}, not {ends.tolist() if not right else ''}")
     gather, scatter, scale = (None if given is None else given.contiguous() for given in (gather, scatter, scale))
-    return apply(GroupedMatmul, x, weight, ends.contiguous(), gather, fan_out, scatter, scale)
+    return apply(GroupedMatmul, x, weight, ends.contiguous(), gather, fan_out, scatter, fan_in, scale)
 
 
-def pytorch(x, weight, ends, *, gather=None, fan_out=1, scatter=None, scale=None):
+def pytorch(x, weight, ends, *, gather=None, fan_out=1, scatter=None, fan_in=1, scale=None):
     rows, begin, parts = x if gather is None else x[gather // fan_out], 0, []
     for matrix, end in zip(weight, ends.tolist(), strict=True):
         parts.append(rows[begin:end] @ matrix.T)
         begin = end
     y = torch.cat([*parts, rows[begin:] @ weight.sum(0).T * 0])
     y = y if scale is None else (y * scale[:, None]).to(x.dtype)
-    return y if scatter is None else torch.empty_like(y).index_copy(0, scatter, y)
+    return y if scatter is None else torch.empty_like(y).index_copy(0, scatter, y).unflatten(0, (-1, fan_in)).sum(1)
 
 
 def inputs(draw: Draw) -> dict:
     N, fan_out, G = draw.one_of(0, 1, 5, 16, 33), draw.one_of(1, 2, 3), draw.one_of(1, 2, 5, 8)
-    gathered = draw.flag()
+    gathered, scattered = draw.flag(), draw.flag()
     K, wide = draw.one_of(1, 8, 17, 40), draw.one_of(1, 8, 24, 70)
     M = N * fan_out if gathered else N
     ends = np.sort(draw.integers(G, high=M))
@@ -318,14 +350,15 @@ def inputs(draw: Draw) -> dict:
         ends=ends,
         gather=draw.random.permutation(M) if gathered else None,
         fan_out=fan_out if gathered else 1,
-        scatter=draw.random.permutation(M) if draw.flag() else None,
+        scatter=draw.random.permutation(M) if scattered else None,
+        fan_in=draw.one_of(1, fan_out) if gathered and scattered else 1,
         scale=draw.uniform(M) if draw.flag() else None,
     )
 
 
-def cost(x, weight, ends, *, gather=None, **_) -> tuple[Cost, Cost]:
+def cost(x, weight, ends, *, gather=None, fan_in=1, **_) -> tuple[Cost, Cost]:
     M, (_, N, K) = len(x) if gather is None else len(gather), weight.shape
-    y = M * N * x.element_size()
+    y = M // fan_in * N * x.element_size()
     once, flops = bytes_of(x, weight), 2 * M * N * K
     return Cost(flops, once + y), Cost(2 * flops, 2 * once + y)
 
@@ -336,7 +369,9 @@ def examples(tokens: int, groups: int, width: int, dim: int, top_k: int) -> tupl
     order = torch.randperm(M, generator=torch.Generator().manual_seed(0))
     ends = torch.arange(1, groups + 1) * M // groups
     up = dict(x=Shape((tokens, dim)), weight=Shape((groups, width, dim)), ends=ends, gather=order, fan_out=top_k)
-    down = dict(x=Shape((M, width)), weight=Shape((groups, dim, width)), ends=ends, scatter=order, scale=Shape((M,)))
+    down = dict(
+        x=Shape((M, width)), weight=Shape((groups, dim, width)), ends=ends, scatter=order, fan_in=top_k, scale=Shape((M,))
+    )
     return up, down
 
 

@@ -14,12 +14,12 @@ from nn.embedding import EMBEDDINGS
 from nn.ffn import FFNS as DENSE_FFNS
 from nn.linear_attention import LINEAR_ATTENTION
 from nn.mixing import MIXING
-from nn.moe import MOE
+from nn.moe import MOE, MOE_MIXERS
 from nn.recurrent import RECURRENT
 from nn.spec import resolve
 from nn.ssm import SSM
 
-MIXERS = {**ATTENTION, **SSM, **LINEAR_ATTENTION, **RECURRENT, **MIXING, **EMBEDDINGS}
+MIXERS = {**ATTENTION, **SSM, **LINEAR_ATTENTION, **RECURRENT, **MIXING, **MOE_MIXERS, **EMBEDDINGS}
 FFNS = {**DENSE_FFNS, **MOE}
 SUBLAYERS = {**MIXERS, **FFNS}
 TOKEN = re.compile(r"\s*(\(|\)(?:\s*\*\s*[0-9]{1,4})?|[^\s()*]+(?:\s*\*\s*[0-9]{1,4})?|\S)")

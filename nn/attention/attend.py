@@ -31,12 +31,12 @@ class Attend:
         folded = q.reshape(B, K, H // K * T, D)  # the heads that share a key, as more queries of it: no key is copied for them
         if max(D, v.shape[-1]) <= WIDEST and not own_bias:
             if alone:
-                return attention(folded, k, v, causal=False, scale=self.scale).view(B, H, T, v.shape[-1])
+                return attention(folded, k, v, causal=False, scale=self.scale).reshape(B, H, T, v.shape[-1])
             slopes, spans = None if self.slopes is None else self.slopes.to(q.device), document_spans(context)
             return attention(q, k, v, causal=context.causal, alibi=slopes, scale=self.scale, shared_spans=spans)
         mask = None if alone else self.mask(context, T, S, q.dtype)
         mask = mask if alone else mask.expand(-1, H, -1, -1).reshape(len(mask), K, H // K * T, S)
-        return F.scaled_dot_product_attention(folded, k, v, mask, scale=self.scale).view(B, H, T, v.shape[-1])
+        return F.scaled_dot_product_attention(folded, k, v, mask, scale=self.scale).reshape(B, H, T, v.shape[-1])
 
     def mask(self, context: Context, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         """(1 or B, 1 or H, T, S): bool, or numbers where something stands beside the scores."""

@@ -6,10 +6,14 @@ capacity.py      a bound on what an expert takes, and what becomes of the rest
 experts.py       the experts as stacks of matrices
 """
 
+from nn.moe.moa import MoA
 from nn.moe.moe import ROUTERS, MoE
 
 MOE = {
     "moe": MoE,
 }
+MOE_MIXERS = {
+    "moa": MoA,
+}
 
-__all__ = ["MOE", "ROUTERS", "MoE"]
+__all__ = ["MOE", "MOE_MIXERS", "ROUTERS", "MoA", "MoE"]

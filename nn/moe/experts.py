@@ -56,11 +56,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""
-        order = experts.flatten().argsort(stable=True)  # (M,): choices, sorted by expert
+        K, order = experts.shape[1], experts.flatten().argsort(stable=True)  # (M,): choices, sorted by expert
         ends = counts_of(experts, self.experts).cumsum(0)
-        h = self.hidden(x, ends, gather=order, fan_out=experts.shape[1])
-        y = self.down(h, ends, scatter=order, scale=weights.flatten()[order])
-        return y.unflatten(0, (-1, experts.shape[1])).sum(1)
+        h = self.hidden(x, ends, gather=order, fan_out=K)
+        return self.down(h, ends, scatter=order, fan_in=K, scale=weights.flatten()[order])
 
     def hidden(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         """(M, width) of rows sorted by expert, or of tokens that `places` gathers."""

@@ -15,7 +15,7 @@ each, every micro-batch must use all experts alike.
 import torch
 from torch import Tensor
 
-from nn.moe.routing import counts_of
+from nn.moe.routing import Router, Routing, counts_of
 
 SCOPES = ("sequence", "micro", "global", "buffer")
 
@@ -72,3 +72,15 @@ class Balance:
 
     def after_step(self) -> None:
         self.buffer = None
+
+
+def auxiliary(
+    router: Router, routing: Routing, balance_loss: Balance, *, sequences: int, balance: float, z: float
+) -> Tensor | None:
+    """The auxiliary losses of a pass, those of the router among them, each with its coefficient; None if there are none."""
+    parts = [] if router.own_loss is None else [router.own_loss]
+    if balance and routing.scores is not None and routing.experts.numel():
+        parts.append(balance * balance_loss(routing.experts, routing.scores, sequences))
+    if z and routing.logits is not None and routing.experts.numel():
+        parts.append(z * z_loss(routing.logits))
+    return sum(parts) if parts else None

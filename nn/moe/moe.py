@@ -15,7 +15,7 @@ from nn.moe.hashed import HashRouter
 from nn.moe.noisy import NoisyTopK
 from nn.moe.recurrent import RecurrentRouter
 from nn.moe.rl import RLRouter
-from nn.moe.routing import Routing
+from nn.moe.routing import Router, Routing
 from nn.moe.sinkhorn import SinkhornRouter
 from nn.moe.topk import Switch, TopK
 from nn.spec import build
@@ -33,6 +33,14 @@ ROUTERS = {
 }
 
 
+def make_router(spec: str, dim: int, *, top_k: int | None, **offered) -> Router:
+    """The router that `spec` names, its options behind slashes. ValueError where it cannot make `top_k` choices."""
+    router = build(spec.replace("/", ":"), ROUTERS, "router", dim, **offered, **({} if top_k is None else dict(top_k=top_k)))
+    if top_k not in (None, router.top_k):
+        raise ValueError(f"top_k: the router {spec.partition('/')[0]} makes {router.top_k} choices, not {top_k}")
+    return router
+
+
 class MoE(nn.Module):
     """A mixture of experts: a router sends each token to a few of many feed-forward layers, and adds up what they say.
 
@@ -40,8 +48,8 @@ class MoE(nn.Module):
 
     router      one of ROUTERS, its own options behind slashes: `router=topk/over=all`. `top_k` is that of the router
     width       of an expert; by default that of `swiglu`, of `mlp` where the experts are not `gated`
-    shared      that many experts' width more for every token (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066); `shared_gate`
-                weighs them by a sigmoid of the token (Qwen2-MoE, arXiv:2407.10671)
+    shared      that many experts' width more for every token (DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066), or
+                `shared_width` in all; `shared_gate` weighs them by a sigmoid of the token (Qwen2-MoE, arXiv:2407.10671)
     balance     coefficient of the balance loss, and `scope` over which it is counted; `z` that of the z-loss (losses.py)
     capacity    in training an expert takes `capacity` times its share at most, in the order of the tokens, and drops the rest;
                 0: no bound. `eval_capacity`, `overflow` and `metric` are the same for inference (capacity.py)
@@ -68,6 +76,7 @@ class MoE(nn.Module):
         gated: bool = True,
         shared: int = 0,
         shared_gate: bool = False,
+        shared_width: int | None = None,
         scaling: float = 1.0,
         balance: float = 0.01,
         scope: Literal["sequence", "micro", "global", "buffer"] = "micro",
@@ -78,19 +87,16 @@ class MoE(nn.Module):
         metric: Literal["score", "order", "reverse", "random"] = "score",
     ):
         super().__init__()
-        at_least(1, width=width)
+        at_least(1, width=width, shared_width=shared_width)
         at_least(0, shared=shared, balance=balance, z=z, capacity=capacity, eval_capacity=eval_capacity)
-        offered = dict(experts=experts, vocab_size=vocab_size, layer=layer) | ({} if top_k is None else dict(top_k=top_k))
-        self.router = build(router.replace("/", ":"), ROUTERS, "router", dim, **offered)
-        if top_k not in (None, self.router.top_k):
-            raise ValueError(f"top_k: the router {router.partition('/')[0]} makes {self.router.top_k} choices, not {top_k}")
+        self.router = make_router(router, dim, experts=experts, top_k=top_k, vocab_size=vocab_size, layer=layer)
         self.top_k = self.router.top_k
         width = width or (-(-8 * dim // (3 * 64)) * 64 if gated else 4 * dim)
         options = dict(activation=activation, gated=gated)
         self.experts = Experts(dim, experts, width, uses=self.top_k, **options)
-        self.shared = Experts(dim, 1, shared * width, **options) if shared else None
-        if shared_gate and not shared:
-            raise ValueError("shared_gate: there are no shared experts")
+        self.shared = Experts(dim, 1, shared_width or shared * width, **options) if shared else None
+        if not shared and (shared_gate or shared_width):
+            raise ValueError(f"{'shared_gate' if shared_gate else 'shared_width'}: there are no shared experts")
         self.shared_gate = Linear(dim, 1, bias=False) if shared_gate else None
         self.scaling, self.balance, self.z = scaling, balance, z
         self.capacity, self.eval_capacity, self.overflow, self.metric = capacity, eval_capacity, overflow, metric
@@ -100,7 +106,8 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # (N, dim)
         routing = self.router(flat, context)
         if self.router.learns():
-            self.auxiliary = self.losses(routing, sequences=x.shape[0])
+            weights = dict(balance=self.balance, z=self.z)
+            self.auxiliary = losses.auxiliary(self.router, routing, self.balance_loss, sequences=x.shape[0], **weights)
         self.routing = routing = self.bounded(routing)
         y = self.experts(flat, routing.experts, routing.weights * self.scaling)
         return (y if self.shared is None else y + self.of_all(flat)).to(x.dtype).view_as(x)
@@ -111,15 +118,6 @@ class MoE(nn.Module):
         everyone, whole = x.new_zeros(N, 1, dtype=torch.int64), torch.ones(N, 1, device=x.device)
         y = self.shared(x, everyone, whole)
         return y if self.shared_gate is None else y * self.shared_gate(x).sigmoid()
-
-    def losses(self, routing: Routing, *, sequences: int) -> Tensor | None:
-        """The auxiliary losses of a pass, those of the router among them, each with its coefficient."""
-        parts = [] if self.router.own_loss is None else [self.router.own_loss]
-        if self.balance and routing.scores is not None and routing.experts.numel():
-            parts.append(self.balance * self.balance_loss(routing.experts, routing.scores, sequences))
-        if self.z and routing.logits is not None and routing.experts.numel():
-            parts.append(self.z * losses.z_loss(routing.logits))
-        return sum(parts) if parts else None
 
     def bounded(self, routing: Routing) -> Routing:
         """The routing with what no expert has room for dropped or sent elsewhere."""

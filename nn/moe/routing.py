@@ -1,5 +1,6 @@
 """What a router decides, and what all routers share."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class Router(nn.Module):
 def linear_in_float32(layer: Linear, x: Tensor) -> Tensor:
     """x W^T + b in float32 (float64 if x is), under autocast too."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         y = F.linear(x.to(wide), layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
         return y if layer.adapter is None else y + layer.adapter(x.to(wide))
 
