@@ -8,14 +8,13 @@
     python eval.py task --lengths 64,256,1024           accuracy on a task: that of the training, or another
     python eval.py layers                               what each layer does, and what is lost without it
     python eval.py maps --prompt "def main("            where attention looks, as a picture
+    python eval.py experts --domains python my/texts    what the experts of a mixture are used for
     python eval.py export --to FOLDER                   write it as a published (Hugging Face) model
 
 --checkpoint takes a run, a checkpoint, a folder in the Hugging Face format, or nothing: the newest run of all.
 """
 
-import codecs
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,11 +24,12 @@ from data.passkey import passkey
 from data.tokens import Tokens
 from models import Config, LanguageModel
 from models.checkpoint import find
-from models.config import Parser
-from models.generate import Sampler, generate
+from models.config import Parser, numbers
+from models.generate import Sampler, answers, fastest, generate, spoken
 from models.huggingface import export
-from models.machine import autocast, choose_device, choose_dtype, synchronise, tune_cpu
+from models.machine import autocast, choose_device, choose_dtype, tune_cpu
 from models.probe import attention_maps, draw_maps, layer_effects, loss_by_position, sinks_of
+from models.probe_experts import draw_experts, entropy, expert_loads, specialisation
 from models.score import answered, bits_per_byte, posed
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
@@ -70,33 +70,23 @@ def bpb(args, folder: Path, model: LanguageModel) -> int:
 
 
 def sample(args, folder: Path, model: LanguageModel) -> int:
-    """Print what follows the prompt, piece by piece; characters appear when all their bytes are there."""
+    """Print what follows the prompt, piece by piece."""
     tokenizer = tokenizer_of(folder, args.tokenizer)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     ids = [tokenizer.eot, *tokenizer.encode(args.prompt)]
     prompt = torch.tensor([ids], device=model.head.weight.device)
-    characters = codecs.getincrementaldecoder("utf-8")("replace")
     print(args.prompt, end="", flush=True)
-    for token in generate(model, prompt, new_tokens=args.tokens, sampler=sampler, stop=tokenizer.eot):
-        if token.item() != tokenizer.eot:
-            print(characters.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-    print(characters.decode(b"", final=True))
+    tokens = generate(model, prompt, new_tokens=args.tokens, sampler=sampler, stop=tokenizer.eot)
+    for piece in spoken((token.item() for token in tokens), tokenizer):
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 
 def speed(args, folder: Path, model: LanguageModel) -> int:
     """Print tokens a second of reading a prompt and of writing after it."""
-    device, vocab_size = model.head.weight.device, model.config.vocab_size
-    prompt = torch.randint(vocab_size, (args.batch_size, args.prompt_tokens), device=device)
-    greedy = Sampler(temperature=0)
-    best = {"prefill": 0.0, "decode": 0.0}
-    for _ in range(args.repeats):
-        tokens = generate(model, prompt, new_tokens=args.tokens + 1, sampler=greedy)
-        for phase, count in (("prefill", prompt.numel()), ("decode", args.batch_size * args.tokens)):
-            start = time.perf_counter()
-            list(tokens) if phase == "decode" else next(tokens)
-            synchronise(device)
-            best[phase] = max(best[phase], count / (time.perf_counter() - start))
+    prompt = torch.randint(model.config.vocab_size, (args.batch_size, args.prompt_tokens), device=model.head.weight.device)
+    best = fastest(model, prompt, new_tokens=args.tokens, repeats=args.repeats)
     rates = ", ".join(f"{phase} {rate:,.0f} tokens/s" for phase, rate in best.items())
     print(f"{rates} (batch {args.batch_size}, best of {args.repeats})")
     return 0
@@ -123,19 +113,14 @@ def length(args, folder: Path, model: LanguageModel) -> int:
 
 def passkeys(args, folder: Path, model: LanguageModel) -> int:
     """Print how often a number told long ago is said again, by length and by the place where it was told."""
-    tokenizer, device = tokenizer_of(folder, args.tokenizer), model.head.weight.device
-    depths = numbers(args.depths, "depths")
+    tokenizer, depths = tokenizer_of(folder, args.tokenizer), numbers(args.depths, "depths")
     print(f"{'characters':>10}" + "".join(f"  told at {depth:>4.0%}" for depth in depths) + f"   (chance {10**-args.digits:g})")
     for characters in numbers(args.lengths, "lengths"):
         rates = []
         for depth in depths:
-            right = 0
-            for seed in range(args.count):
-                task = passkey(int(characters), depth=depth, seed=args.seed + seed, digits=args.digits)
-                prompt = torch.tensor([tokenizer.encode(task.prompt)], device=device)
-                said = generate(model, prompt, new_tokens=args.digits + 1, sampler=Sampler(temperature=0))
-                right += tokenizer.decode([token.item() for token in said]).strip().startswith(task.answer)
-            rates.append(right / args.count)
+            seeds = range(args.seed, args.seed + args.count)
+            asked = (passkey(int(characters), depth=depth, seed=seed, digits=args.digits) for seed in seeds)
+            rates.append(sum(answers(model, tokenizer, task.prompt, task.answer) for task in asked) / args.count)
         print(f"{int(characters):>10}" + "".join(f"{rate:>14.0%}" for rate in rates))
     return 0
 
@@ -189,14 +174,22 @@ def maps(args, folder: Path, model: LanguageModel) -> int:
     return 0
 
 
-def numbers(text: str, name: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(0 <= value < 1e9 for value in values):
-        raise ValueError(f"{name}: numbers with commas between them, as 1,2,4, not {text!r}")
-    return values
+def experts(args, folder: Path, model: LanguageModel) -> int:
+    """Print how even the loads of the experts are, and what an expert tells of the kind of text; draw their shares."""
+    tokenizer, config, counted = tokenizer_of(folder, args.tokenizer), read_config(folder), []
+    domains = args.domains or [config.data]
+    for spec in domains:
+        text = load(spec, tokenizer)[1]
+        batches = windows(text, batch_size=args.batch_size, seq_len=config.seq_len, limit=args.tokens)
+        counted.append(expert_loads(model, batches))
+    loads = torch.stack(counted)  # (domains, layers, E)
+    print(f"{'mixture':>7} {'busiest / mean':>15} {'idlest / mean':>14} {'entropy, bits':>14} {'of the domain, bits':>20}")
+    for number, (row, told) in enumerate(zip(loads.sum(0), specialisation(loads), strict=True), 1):
+        ratios = row.double() / row.double().mean()
+        print(f"{number:>7} {ratios.max():>15.2f} {ratios.min():>14.2f} {entropy(row):>14.3f} {told:>20.3f}")
+    draw_experts(loads, domains, Path(args.to))
+    print(f"wrote {args.to}")
+    return 0
 
 
 def export_published(args, folder: Path, model: LanguageModel) -> int:
@@ -290,6 +283,12 @@ def parse(argv: list[str] | None):
     p = command("maps", maps)
     p.add_argument("--prompt", required=True, metavar="TEXT", help="the text to look at")
     p.add_argument("--to", default="attention.png", metavar="FILE", help="where to write [attention.png]")
+
+    p = command("experts", experts)
+    p.add_argument("--domains", nargs="+", default=[], metavar="…", help="kinds of text, as --data [the run's]")
+    p.add_argument("--to", default="experts.png", metavar="FILE", help="where to write [experts.png]")
+    number(p, "--tokens", 32768, "how many of each, spread over its validation text")
+    number(p, "--batch-size", 16, "windows at once")
 
     command("export", export_published).add_argument("--to", required=True, metavar="FOLDER", help="where to write")
     return parser.parse_args(argv)

@@ -146,3 +146,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             metavar = None if choices else {int: "N", float: "X", str: "…"}[kind]
             group.add_argument(name, type=kind, choices=choices, metavar=metavar, **options)
 
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """The numbers of a flag that takes several, as 1,2,4. ValueError that names the flag."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value < 1e9 for value in values):
+        raise ValueError(f"{name}: numbers with commas between them, as 1,2,4, not {text!r}")
+    return values

@@ -1,13 +1,17 @@
 """Decoding: tokens out of a model, one at a time."""
 
+import codecs
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.language_model import LanguageModel
+from models.machine import synchronise
 
 
 @dataclass
@@ -79,3 +83,32 @@ def generate(
             if ended.all():
                 return
         tokens = following[:, None]
+
+
+def answers(model: LanguageModel, tokenizer: Any, question: str, answer: str) -> bool:
+    """Whether the model, taking the likeliest tokens, goes on from a question with the answer, white space aside."""
+    prompt = torch.tensor([tokenizer.encode(question)], device=model.head.weight.device)
+    said = generate(model, prompt, new_tokens=len(answer) + 1, sampler=Sampler(temperature=0))
+    return tokenizer.decode([token.item() for token in said]).strip().startswith(answer)
+
+
+def spoken(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
+    """The text of tokens as they come, without the end of the text; characters appear when all their bytes are there."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token != tokenizer.eot:
+            yield characters.decode(tokenizer.decode_bytes([token]))
+    yield characters.decode(b"", final=True)
+
+
+def fastest(model: LanguageModel, prompt: Tensor, *, new_tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens a second of reading a prompt (B, T), `prefill`, and of writing after it, `decode`: the best of some repeats."""
+    best = {"prefill": 0.0, "decode": 0.0}
+    for _ in range(repeats):
+        tokens = generate(model, prompt, new_tokens=new_tokens + 1, sampler=Sampler(temperature=0))
+        for phase, count in (("prefill", prompt.numel()), ("decode", len(prompt) * new_tokens)):
+            start = time.perf_counter()
+            list(tokens) if phase == "decode" else next(tokens)
+            synchronise(prompt.device)
+            best[phase] = max(best[phase], count / (time.perf_counter() - start))
+    return best

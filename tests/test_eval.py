@@ -9,9 +9,10 @@ from torch.nn.functional import one_hot
 
 import eval as evaluation
 import train
-from models.checkpoint import checkpoints, read_json
+from models.checkpoint import checkpoints, find, read_json
 from models.log import read
 from models.score import answered
+from models.weights import load_model
 
 TINY = "--dim 32 --depth 2 --heads 2 --seq-len 32 --batch-size 4 --eval-every 0 --sample 1 --dtype float32 --steps 60".split()
 
@@ -125,6 +126,37 @@ def test_maps_are_drawn(run, tmp_path, capsys):
     picture = tmp_path / "maps.png"
     assert evaluation.main(["maps", "--checkpoint", str(run), "--prompt", "7 times 8", "--to", str(picture)]) == 0
     assert picture.stat().st_size > 5000 and "layer 2: " in capsys.readouterr().out
+
+
+def test_experts_are_counted(tmp_path, capsys):
+    """Two kinds of text whose tokens do not overlap, and a router by token: what an expert tells of them is in the table."""
+    for name, letters in (("a", "abcd"), ("b", "wxyz")):
+        (tmp_path / name).write_text("".join(letters[i * i % 4] for i in range(4000)))
+    flags = "--tokenizer byte --stem none --mixer none --ffn moe:experts=4:width=8:router=hash".split()
+    data = ["--data", f"{tmp_path}/a,{tmp_path}/b", "--out", str(tmp_path / "run")]
+    assert train.main([*TINY, *flags, *data, "--steps", "1"]) == 0
+    picture = tmp_path / "experts.png"
+    capsys.readouterr()
+    call = ["experts", "--checkpoint", str(tmp_path / "run"), "--to", str(picture), "--tokens", "320", "--domains"]
+    assert evaluation.main([*call, str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    rows = table(capsys.readouterr().out.rsplit("wrote", 1)[0])
+    assert len(rows) == 2 and picture.stat().st_size > 3000
+    for number, (mixture, row) in enumerate(zip(load_model(find(tmp_path / "run")).stack, rows, strict=True), 1):
+        loads = torch.zeros(2, 4)
+        for domain, letters in enumerate("ab"):
+            text = (tmp_path / letters).read_text()[-400:]
+            for expert in mixture.layer.router.table[0, [ord(c) for c in text], 0].tolist():
+                loads[domain, expert] += 1
+        p = loads / loads.sum(1, keepdim=True)
+        told = -torch.xlogy(p.mean(0), p.mean(0)).sum() + torch.xlogy(p, p).sum() / 2
+        assert row[0] == str(number) and float(row[-1]) == pytest.approx(told.item() / math.log(2), abs=0.05)
+    assert evaluation.main([*call, str(tmp_path / "a")]) == 0
+    assert all(float(row[-1]) == 0 for row in table(capsys.readouterr().out.rsplit("wrote", 1)[0]))
+
+
+def test_a_model_without_experts_is_named(run, capsys):
+    assert evaluation.main(["experts", "--checkpoint", str(run)]) == 2
+    assert "checkpoint: it has mixtures of no experts" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,12 @@ from models.checkpoint import load_weights, read_json, read_tensors, write_json,
 from models.config import Config
 from models.huggingface import bert, bloom, gpt2, mamba, mamba2, modernbert
 from models.huggingface.llama import GEMMA2, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from models.huggingface.mixtral import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from models.huggingface.table import pick, stacked
 from models.language_model import LanguageModel
 from nn.attention import GQA, MHA, MQA
 from nn.ffn import GLU, GeGLU, SwiGLU
+from nn.moe.topk import Switch, TopK
 
 FAMILIES = {
     "gpt2": gpt2,
@@ -25,14 +28,19 @@ FAMILIES = {
     "qwen3": QWEN3,
     "olmo2": OLMO2,
     "gemma2": GEMMA2,
+    "mixtral": MIXTRAL,
+    "olmoe": OLMOE,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
     "bloom": bloom,
     "bert": bert,
     "modernbert": modernbert,
     "mamba": mamba,
     "mamba2": mamba2,
 }
-SAME = {MHA: GQA, MQA: GQA, SwiGLU: GLU, GeGLU: GLU}  # names for settings of another class
+SAME = {MHA: GQA, MQA: GQA, SwiGLU: GLU, GeGLU: GLU, Switch: TopK}  # names for settings of another class
 TIED = ("lm_head.weight", "decoder.weight", "cls.predictions.decoder.weight")  # the embedding, stored a second time
+TRAINING = ("training", "balance", "z", "capacity")  # of a module: what inference does not ask for
 SHARD_BYTES = 5 * 10**9
 
 
@@ -63,22 +71,22 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     family = family_of(read_published(folder)["model_type"])
     with torch.device("meta"):
         model = LanguageModel(config)
-    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    wanted = model.state_dict()
     theirs = {renamed(name.removeprefix(family.PREFIX)): tensor for name, tensor in read_folder(folder).items()}
     ours = {}
     for entry in family.table(model):
         if entry.theirs not in theirs:
             raise ValueError(f"{str(folder)!r}: the tensor {entry.theirs!r} is missing")
-        parts = entry.split(theirs.pop(entry.theirs), [shapes[name][0] for name in entry.ours])
+        parts = entry.split(theirs.pop(entry.theirs), [len(pick(wanted, name)) for name in entry.ours])
         for name, part in zip(entry.ours, parts, strict=True):
-            if name in ours and ours[name].shape != part.shape:
-                raise ValueError(f"tensor {entry.theirs!r} has {part.shape[-1]} columns, not {ours[name].shape[-1]}")
+            if part.shape != (shape := pick(wanted, name).shape):
+                raise ValueError(f"tensor {entry.theirs!r} gives {name!r} the shape {tuple(part.shape)}, not {tuple(shape)}")
             ours[name] = part.to(dtype) if name not in ours else ours[name] + part.to(dtype)
     for name in TIED if config.tie else ():
         theirs.pop(name, None)
     if left := [name for name in theirs if not family.IGNORED.fullmatch(name)]:
         raise ValueError(f"{str(folder)!r}: tensors that this model has no place for: {', '.join(sorted(left)[:4])}")
-    load_weights(model, ours, str(folder))
+    load_weights(model, stacked(ours), str(folder))
     return model
 
 
@@ -102,7 +110,7 @@ def export(model: LanguageModel, folder: Path, *, shard_bytes: int = SHARD_BYTES
         raise ValueError(f"export: no published family has this stack; there are {', '.join(FAMILIES)}")
     family, ours = FAMILIES[name], model.state_dict()
     prefixed = {True: family.PREFIX, False: ""}
-    theirs = {prefixed[e.prefixed] + e.theirs: e.join([ours[name] for name in e.ours]) for e in family.table(model)}
+    theirs = {prefixed[e.prefixed] + e.theirs: e.join([pick(ours, name) for name in e.ours]) for e in family.table(model)}
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {"model_type": name, **family.config_out(model), "dtype": dtype, "torch_dtype": dtype})
@@ -119,10 +127,10 @@ def holds(family, model: LanguageModel) -> bool:
 
 
 def facts(model: LanguageModel) -> list:
-    """What a model is made of: its modules with their settings, its tensors with their shapes."""
-    simple = (bool, int, float, str, type(None))
+    """What a model is made of: its modules with their settings, but for those of training, its tensors with their shapes."""
+    simple = (bool, int, float, str)
     modules = [
-        (name, SAME.get(type(m), type(m)), {k: v for k, v in vars(m).items() if isinstance(v, simple) and k != "training"})
+        (name, SAME.get(type(m), type(m)), {k: v for k, v in vars(m).items() if isinstance(v, simple) and k not in TRAINING})
         for name, m in model.named_modules()
     ]
     whole = [getattr(model.config, name) for name in ("tie", "softcap", "embedding_scale")]

@@ -41,6 +41,7 @@ class Llama:
     offset: float = 0.0
     scaled: bool = False
     default_eps: float = 1e-6
+    FFN = GLU
     PREFIX = "model."
     IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 
@@ -71,13 +72,17 @@ class Llama:
             norm=f"rmsnorm:eps={eps}" + (f":offset={self.offset}" if self.offset else ""),
             norm_place=self.place,
             mixer=",".join(mixers[:period]),
-            ffn=f"{ACTIVATIONS[self.activation]}:width={published['intermediate_size']}"
-            + (":bias=true" if published.get("mlp_bias") else ""),
+            ffn=self.ffn_in(published),
             position=rope_in(published),
             tie=published.get("tie_word_embeddings", self.scaled),
             embedding_scale=published["hidden_size"] ** 0.5 if self.scaled else 1.0,
             softcap=published.get("final_logit_softcapping") or 0.0 if self.scaled else 0.0,
         )
+
+    def ffn_in(self, published: dict) -> str:
+        """The spec of the feed-forward layers."""
+        bias = ":bias=true" if published.get("mlp_bias") else ""
+        return f"{ACTIVATIONS[self.activation]}:width={published['intermediate_size']}{bias}"
 
     def windows(self, published: dict) -> list[int | None]:
         """The window of each layer."""
@@ -93,7 +98,7 @@ class Llama:
 
     def fits(self, model: LanguageModel) -> bool:
         """Whether the parts are those that `config_out` asks; that nothing else differs is seen by reading it again."""
-        parts = model.alternates((GQA, MHA, MQA), GLU, RMSNorm) and type(model.position) is RoPE
+        parts = model.alternates((GQA, MHA, MQA), self.FFN, RMSNorm) and type(model.position) is RoPE
         stretched = parts and model.position.factor != 1 and model.position.scaling != "llama3"
         return parts and not stretched and model.config.norm_place == self.place and all(
             (s.layer.query_gain is None) == (self.qk_norm in ("none", "unit")) for s in model.stack[0::2]
@@ -108,7 +113,6 @@ class Llama:
             architectures=[self.architecture],
             num_hidden_layers=len(model.stack) // 2,
             hidden_size=config.dim,
-            intermediate_size=ffn.gate.out_features,
             num_attention_heads=mixer.heads,
             num_key_value_heads=mixer.kv_heads,
             head_dim=mixer.head_dim,
@@ -117,8 +121,8 @@ class Llama:
             rms_norm_eps=model.stack[0].norm.eps,
             **rope_out(model.position),
             attention_bias=mixer.query.bias is not None,
-            mlp_bias=ffn.gate.bias is not None,
             tie_word_embeddings=config.tie,
+            **self.ffn_out(ffn),
         )
         values["hidden_activation" if self.scaled else "hidden_act"] = self.activation
         if self.windowed != "none":
@@ -136,6 +140,10 @@ class Llama:
             )
         return values
 
+    def ffn_out(self, ffn: GLU) -> dict:
+        """What config.json says of the feed-forward layers."""
+        return dict(intermediate_size=ffn.gate.out_features, mlp_bias=ffn.gate.bias is not None)
+
     def table(self, model: LanguageModel) -> list[Entry]:
         """Their tensors and ours, in the order of the file."""
         entries = [Entry("embed_tokens.weight", "embedding.weight")]
@@ -150,11 +158,15 @@ class Llama:
             if self.qk_norm != "none":
                 for theirs, ours in (("q_norm", "query_gain"), ("k_norm", "key_gain")):
                     entries.append(Entry(f"{block}.self_attn.{theirs}.weight", f"{mixer}.layer.{ours}"))
-            for theirs, ours in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down")):
-                kinds = ("weight",) if model.stack[2 * i + 1].layer.gate.bias is None else ("weight", "bias")
-                entries += [Entry(f"{block}.mlp.{theirs}.{kind}", f"{ffn}.layer.{ours}.{kind}") for kind in kinds]
+            entries += self.ffn_table(block, f"{ffn}.layer", model.stack[2 * i + 1].layer)
         entries.append(Entry("norm.weight", "final_norm.weight"))
         return entries + ([] if model.config.tie else [Entry("lm_head.weight", "head.weight", prefixed=False)])
+
+    def ffn_table(self, theirs: str, ours: str, ffn: GLU) -> list[Entry]:
+        """The tensors of a feed-forward layer; `theirs` and `ours` are the names of what it stands in."""
+        kinds = ("weight",) if ffn.gate.bias is None else ("weight", "bias")
+        parts = (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down"))
+        return [Entry(f"{theirs}.mlp.{a}.{kind}", f"{ours}.{b}.{kind}") for a, b in parts for kind in kinds]
 
 
 def rope_in(published: dict) -> str:

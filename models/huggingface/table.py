@@ -11,7 +11,7 @@ class Entry:
     """A tensor of theirs and the ones of ours that it holds, one after the other along axis 0; `transposed`: then turned.
 
     `heads`: one after the other within each of so many heads instead. `prefixed`: whether the family's prefix ("model.",
-    say) stands before the name.
+    say) stands before the name. One of ours may be a matrix of a stack: `up.weight#3` is the fourth of `up.weight`.
     """
 
     def __init__(self, theirs: str, *ours: str, transposed: bool = False, prefixed: bool = True, heads: int = 1):
@@ -50,6 +50,27 @@ class AddedRow(Entry):
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         return torch.zeros_like(tensors[0][:1]).repeat(self.count, 1)
+
+
+def pick(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """One of ours by the name that an entry has for it."""
+    name, _, matrix = name.partition("#")
+    return tensors[name][int(matrix)] if matrix else tensors[name]
+
+
+def stacked(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ours by their own names: the matrices of a stack, which are taken out of `parts`, put together in its order."""
+    whole = {}
+    for name in list(parts):
+        own, _, matrix = name.partition("#")
+        if matrix:
+            whole.setdefault(own, []).append(parts.pop(name))
+        else:
+            whole[name] = parts[name]
+    for name, value in whole.items():
+        if isinstance(value, list):
+            whole[name] = torch.stack(value)
+    return whole
 
 
 def check_options(published: dict, supported: dict[str, Any], default: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the layer and its routers against their equations, what keeps experts in use, and bounds on their load."""
+"""Mixtures of experts: layer and routers against their equations, what keeps experts in use, bounds on their load."""
 
 import itertools
 import math

@@ -9,9 +9,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_processes_equal_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.nn.moe_processes"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "-m", "tests.nn.moe_processes"], **options)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 8 and sum("refused: experts: 3 cannot be shared among 2 processes evenly" in line for line in lines) == 2
+    refused = [line for line in lines if "refused: experts: 3 cannot be shared among 2 processes evenly" in line]
+    assert len(lines) == 8 and len(refused) == 2
     assert sum(" 0 bytes" not in line and "bytes" in line for line in lines) == 6

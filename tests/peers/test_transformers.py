@@ -62,7 +62,31 @@ RELATIVES = {
         ),
     },
 }  # fmt: skip
+MIXTURES = {
+    "mixtral": {
+        "plain": dict(num_local_experts=4),
+        "one of three, gqa, window": dict(num_local_experts=3, num_experts_per_tok=1, num_key_value_heads=2, sliding_window=6),
+    },
+    "olmoe": {
+        "plain": dict(num_experts=6, num_experts_per_tok=3),
+        "renormalised, gqa, bias": dict(
+            num_experts=3, num_experts_per_tok=2, norm_topk_prob=True, num_key_value_heads=2, attention_bias=True
+        ),
+    },
+    "qwen2_moe": {
+        "plain": dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=12, shared_expert_intermediate_size=20),
+        "renormalised, tied": dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+                                   shared_expert_intermediate_size=8, tie_word_embeddings=True),
+    },
+    "qwen3_moe": {
+        "plain": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12),
+        "renormalised, gqa": dict(
+            num_experts=4, num_experts_per_tok=3, moe_intermediate_size=8, norm_topk_prob=True, num_key_value_heads=2
+        ),
+    },
+}  # fmt: skip
 CLASSES = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2", qwen3="Qwen3", olmo2="Olmo2", gemma2="Gemma2")
+CLASSES |= dict(mixtral="Mixtral", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
 
 
 def theirs(family: str, **options) -> nn.Module:
@@ -78,7 +102,7 @@ def theirs(family: str, **options) -> nn.Module:
         sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
         sizes |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=None, pad_token_id=None)
         sizes |= {} if family == "llama" else dict(num_key_value_heads=4, head_dim=6)
-        if family in ("qwen2", "olmo2"):
+        if family in ("qwen2", "olmo2", "olmoe", "qwen2_moe"):
             del sizes["head_dim"]
         config = getattr(transformers, f"{CLASSES[family]}Config")(**sizes | options)
         config._attn_implementation = "eager"  # for gemma2 the one that knows a softcap
@@ -90,7 +114,7 @@ def theirs(family: str, **options) -> nn.Module:
 
 ALL = [
     (family, name, options)
-    for family, cases in dict(gpt2=GPT2S, llama=LLAMAS, bloom=BLOOMS, **RELATIVES).items()
+    for family, cases in dict(gpt2=GPT2S, llama=LLAMAS, bloom=BLOOMS, **RELATIVES, **MIXTURES).items()
     for name, options in cases.items()
 ]
 each = pytest.mark.parametrize(("family", "options"), [pytest.param(f, options, id=f"{f}: {name}") for f, name, options in ALL])
