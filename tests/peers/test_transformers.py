@@ -173,6 +173,10 @@ EXPORTED = [
     dict(model="llama-1m", mixer="mha:heads=2", position="rope"),
     dict(model="gpt2", position="alibi", embedding_norm="extra", norm="layernorm:eps=1e-3"),
     dict(model="gpt2", position="alibi", embedding_norm="extra", mixer="gqa:bias=true:heads=3", tie=False),
+    dict(model="llama-1m", ffn="moe:experts=4:width=16:balance=0.3:z=0:capacity=2"),
+    dict(model="llama-1m", mixer="mha:qk_norm=all", norm="rmsnorm:eps=1e-6", ffn="moe:width=16:top_k=3:router=topk/over=all"),
+    dict(model="llama-1m", mixer="gqa:bias=1:out_bias=0", ffn="moe:width=8:shared=2:shared_gate=1:router=topk/over=all"),
+    dict(model="llama-1m", mixer="gqa:qk_norm=head:kv_heads=2", norm="rmsnorm:eps=1e-6", ffn="moe:width=16:router=switch"),
 ]
 
 
@@ -187,6 +191,7 @@ def ours(**options) -> LanguageModel:
 @pytest.mark.parametrize("shard_bytes", [10**9, 8000])
 def test_ours_there(options, shard_bytes, tmp_path):
     model = ours(**options)
+    model(tokens(), tokens()).backward()  # a trained model leaves as a new one does
     huggingface.export(model, tmp_path, shard_bytes=shard_bytes)
     peer, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -216,6 +221,13 @@ def test_ours_there(options, shard_bytes, tmp_path):
         dict(model="llama-1m", mixer="gqa:out_bias=true"), dict(model="llama-1m", mixer="gqa,mqa"),
         dict(model="llama-1m", norm="rmsnorm:gain=no"),
         dict(model="llama-1m", position="rope:fraction=0.5:interleaved=true"), dict(model="llama-1m", mixer="none"),
+        dict(model="llama-1m", ffn="moe,swiglu"), dict(model="llama-1m", ffn="moe,moe:top_k=3"),
+        dict(model="llama-1m", ffn="moe:router=topk/over=all"), dict(model="llama-1m", ffn="moe:router=topk/bias=true"),
+        dict(model="llama-1m", ffn="moe:router=noisy"), dict(model="llama-1m", ffn="moe:router=bias"),
+        dict(model="llama-1m", ffn="moe:gated=false:activation=gelu"), dict(model="llama-1m", ffn="moe:activation=gelu"),
+        dict(model="llama-1m", ffn="moe:shared=1"), dict(model="llama-1m", ffn="moe:shared=1:shared_gate=true"),
+        dict(model="llama-1m", ffn="moe:scaling=2"), dict(model="llama-1m", ffn="moe:eval_capacity=1"),
+        dict(model="llama-1m", ffn="moe", mixer="moa"),
     ],
 )  # fmt: skip
 def test_what_no_family_holds(options, tmp_path):
@@ -224,7 +236,7 @@ def test_what_no_family_holds(options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "mixtral"])
 def test_bfloat16(family, tmp_path):
     theirs(family).to(torch.bfloat16).save_pretrained(tmp_path)
     kept, widened = huggingface.load(tmp_path, dtype=torch.bfloat16), huggingface.load(tmp_path)
@@ -276,6 +288,21 @@ def complaint(folder) -> str:
         ("llama", dict(num_hidden_layers=3), ["'layers.2.input_layernorm.weight' is missing"]),
         ("llama", dict(num_hidden_layers=1), ["no place for: layers.1."]),
         ("llama", dict(vocab_size=60), ["embed_tokens.weight"]),
+        ("mixtral", dict(router_jitter_noise=0.1), ["router_jitter_noise = 0.1 is not supported, only 0.0"]),
+        ("mixtral", dict(hidden_act="gelu"), ["hidden_act = 'gelu' is not supported, only silu"]),
+        ("mixtral", dict(num_local_experts=...), ["config.json: num_local_experts is missing"]),
+        ("mixtral", dict(num_experts_per_tok=9), ["top_k: 9 of 8 experts"]),
+        ("mixtral", dict(num_local_experts=9), ["layers.0.block_sparse_moe.gate.weight' has 8 rows, not 9"]),
+        ("mixtral", dict(intermediate_size=41), ["layers.0.block_sparse_moe.experts.0.w1.weight' has 40 rows, not 41"]),
+        ("olmoe", dict(clip_qkv=8.0), ["clip_qkv = 8.0 is not supported"]),
+        ("olmoe", dict(num_experts=...), ["config.json: num_local_experts is missing"]),
+        ("qwen2_moe", dict(decoder_sparse_step=2), ["decoder_sparse_step = 2 is not supported, only 1"]),
+        ("qwen2_moe", dict(mlp_only_layers=[0]), ["mlp_only_layers = [0] is not supported"]),
+        ("qwen2_moe", dict(use_sliding_window=True), ["use_sliding_window = True is not supported, only False"]),
+        ("qwen2_moe", dict(qkv_bias=False), ["qkv_bias = False is not supported, only True"]),
+        ("qwen2_moe", dict(shared_expert_intermediate_size=0), ["shared_width: 0 is too small"]),
+        ("qwen2_moe", dict(shared_expert_intermediate_size=7), ["shared_expert.gate_proj.weight' has", "rows, not 7"]),
+        ("qwen3_moe", dict(num_experts_per_tok=...), ["config.json: num_experts_per_tok is missing"]),
         ("llama", dict(model_type="llamma"), ["model_type 'llamma' is not known here; there are gpt2, llama, "]),
         ("llama", dict(model_type=None), ["model_type None is not known here"]),
     ],
@@ -288,9 +315,9 @@ def test_unsupported_options(family, changes, parts, tmp_path):
         assert part in message
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "mixtral"])
 def test_tensors_missing_left_over_or_misshapen(family, tmp_path):
-    theirs(family).save_pretrained(tmp_path)
+    theirs(family, **dict(num_local_experts=2, num_hidden_layers=1) if family == "mixtral" else {}).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     good = load_file(path)
     for name, tensor in good.items():
@@ -307,7 +334,7 @@ def test_tensors_missing_left_over_or_misshapen(family, tmp_path):
         good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3), "transformer.h.0.attn.bias": torch.zeros(3)},
         path,
     )
-    assert ("inv_freq" in complaint(tmp_path)) == (family != "llama")
+    assert ("inv_freq" in complaint(tmp_path)) == (family not in ("llama", "mixtral"))
     path.write_bytes(path.read_bytes()[:-100])
     assert "not a readable safetensors file" in complaint(tmp_path)
     path.unlink()
