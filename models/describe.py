@@ -38,6 +38,13 @@ def parameters(model: LanguageModel) -> dict[str, int]:
     return counts
 
 
+def active(model: LanguageModel) -> int:
+    """Parameters that a token goes through: of the experts, as many as it is sent to."""
+    stacks = [m for m in model.modules() if isinstance(m, StackedLinear)]
+    idle = sum(m.weight.numel() - m.uses * m.in_features * m.out_features for m in stacks)
+    return sum(p.numel() for p in model.parameters()) - idle
+
+
 def forward_flops(model: LanguageModel, seq_len: int) -> int:
     """FLOPs of one sequence's forward pass."""
     modules = [*model.stack.modules(), *model.transform.modules(), model.head]
@@ -93,6 +100,7 @@ def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
         "",
         *lines,
         f"{'parameters':28}{total:>18,}",
+        *([f"{'active, a token':28}{active(model):>18,}"] if active(model) < total else []),
         "",
         f"{'forward FLOPs a token':28}{flops // seq_len:>18,}",
         f"{'training FLOPs a token':28}{training_flops(model, seq_len) // seq_len:>18,}",

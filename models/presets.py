@@ -45,6 +45,19 @@ def _transnormer(depth: int, dim: int, heads: int, width: int, *, vocab_size: in
     )  # fmt: skip
 
 
+def _jetmoe(depth: int, dim: int, heads: int, width: int, *, experts: int, vocab_size: int, seq_len: int,
+            init: str = "gpt2") -> dict:  # fmt: skip
+    """Shen et al. 2024, "JetMoE" (arXiv:2404.07413): in every layer mixtures of attention heads and of feed-forward layers.
+
+    `heads` are those of an expert. The base of the positions, epsilon and the tied embedding are defaults of their code.
+    """
+    return dict(
+        mixer=f"moa:experts={experts}:top_k=2", ffn=f"moe:experts={experts}:top_k=2:width={width}", norm="rmsnorm:eps=1e-6",
+        position="rope", depth=depth, dim=dim, heads=heads, vocab_size=vocab_size, seq_len=seq_len, tie=True, init=init,
+        softcap=0.0,
+    )  # fmt: skip
+
+
 STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
@@ -84,4 +97,6 @@ PRESETS: dict[str, dict] = {
     "transnormer": _transnormer(6, 256, 4, 704, vocab_size=4096, seq_len=256) | dict(init="fan_in", embedding_scale=1.0),
     "transnormer-385m": _transnormer(24, 1024, 8, 2816),
     "transnormer-1b": _transnormer(16, 2048, 16, 5632),
+    "jetmoe": _jetmoe(3, 256, 4, 256, experts=4, vocab_size=4096, seq_len=256, init="fan_in"),
+    "jetmoe-8b": _jetmoe(24, 2048, 16, 5632, experts=8, vocab_size=32000, seq_len=4096),
 }  # fmt: skip

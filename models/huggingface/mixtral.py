@@ -41,7 +41,7 @@ class Mixture(Llama):
 
     def ffn_in(self, published: dict) -> str:
         check_options(published, ALWAYS)
-        many = published[self.experts] if self.experts in published else published["num_local_experts"]
+        many = published["num_local_experts"] if "num_local_experts" in published else published[self.experts]
         renormalises = published.get("norm_topk_prob", False) if self.renormalises is None else self.renormalises
         ffn = f"moe:experts={many}:top_k={published['num_experts_per_tok']}:width={published[self.width]}"
         ffn += "" if renormalises else ":router=topk/over=all"

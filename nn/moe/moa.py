@@ -95,7 +95,7 @@ class MoA(nn.Module):
         return self.outputs(y, routing.weights, **places).to(x.dtype).view_as(x)
 
     def queries(self, x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-        """(B, T, H A, D): of each choice by its expert, those of one head next to each other; 0 where there is no expert."""
+        """(B, T, H A, D): of each choice by its expert, those of one head next to each other."""
         A = self.top_k
         q = self.query(cast_once(x).flatten(0, 1), ends, gather=order, fan_out=A, scatter=order)  # (N A, H D)
         return q.view(*x.shape[:2], A, self.heads, self.head_dim).transpose(2, 3).flatten(2, 3)

@@ -71,10 +71,13 @@ if __name__ == "__main__":
     rank, world = dist.get_rank(), dist.get_world_size()
     for words in ("top_k=2", "router=bias:top_k=3", "router=topk/over=all:top_k=2:balance=0.5:z=0.1"):
         check(words, False, rank, world)
-        sent = check(words, True, rank, world)
-        print(f"rank {rank}: {words}: {sent} bytes", flush=True)
+        sent = torch.tensor(check(words, True, rank, world))
+        dist.all_reduce(sent)
+        if rank == 0:
+            print(f"{words}: {sent.item()} bytes", flush=True)
     try:
         share_experts(build(f"moe:experts={world + 1}:width=2", FFNS, "ffn", DIM))
     except ValueError as error:
-        print(f"rank {rank}: refused: {error}", flush=True)
+        if rank == 0:
+            print(f"refused: {error}", flush=True)
     dist.destroy_process_group()

@@ -295,7 +295,7 @@ def complaint(folder) -> str:
         ("mixtral", dict(num_local_experts=9), ["layers.0.block_sparse_moe.gate.weight' has 8 rows, not 9"]),
         ("mixtral", dict(intermediate_size=41), ["layers.0.block_sparse_moe.experts.0.w1.weight' has 40 rows, not 41"]),
         ("olmoe", dict(clip_qkv=8.0), ["clip_qkv = 8.0 is not supported"]),
-        ("olmoe", dict(num_experts=...), ["config.json: num_local_experts is missing"]),
+        ("olmoe", dict(num_experts=...), ["config.json: num_experts is missing"]),
         ("qwen2_moe", dict(decoder_sparse_step=2), ["decoder_sparse_step = 2 is not supported, only 1"]),
         ("qwen2_moe", dict(mlp_only_layers=[0]), ["mlp_only_layers = [0] is not supported"]),
         ("qwen2_moe", dict(use_sliding_window=True), ["use_sliding_window = True is not supported, only False"]),
