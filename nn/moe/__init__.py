@@ -3,6 +3,7 @@
 routing.py       what a router decides
 losses.py        balance and z-loss
 capacity.py      a bound on what an expert takes, and what becomes of the rest
+compressed.py    fewer experts a token
 experts.py       the experts as stacks of matrices
 """
 

@@ -78,7 +78,7 @@ def auxiliary(
     router: Router, routing: Routing, balance_loss: Balance, *, sequences: int, balance: float, z: float
 ) -> Tensor | None:
     """The auxiliary losses of a pass, those of the router among them, each with its coefficient; None if there are none."""
-    parts = [] if router.own_loss is None else [router.own_loss]
+    parts, router.own_loss = [] if router.own_loss is None else [router.own_loss], None
     if balance and routing.scores is not None and routing.experts.numel():
         parts.append(balance * balance_loss(routing.experts, routing.scores, sequences))
     if z and routing.logits is not None and routing.experts.numel():

@@ -80,7 +80,8 @@ class MoA(nn.Module):
         self.out = StackedLinear(experts, inner, dim, uses=self.top_k, writes_residual=True)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self.routing = routing = self.router(x.flatten(0, 1), context)
+        routing = self.router(x.flatten(0, 1), context)
+        self.routing = routing.detached()
         if self.router.learns():
             weights = dict(balance=self.balance, z=self.z)
             self.auxiliary = losses.auxiliary(self.router, routing, self.balance_loss, sequences=x.shape[0], **weights)

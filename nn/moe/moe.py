@@ -9,6 +9,7 @@ from nn.linear import Linear
 from nn.moe import losses
 from nn.moe.bias_balanced import BiasBalanced
 from nn.moe.capacity import drop, reroute, room
+from nn.moe.compressed import modulated
 from nn.moe.expert_choice import ExpertChoice
 from nn.moe.experts import Activation, Experts
 from nn.moe.hashed import HashRouter
@@ -54,11 +55,13 @@ class MoE(nn.Module):
     capacity    in training an expert takes `capacity` times its share at most, in the order of the tokens, and drops the rest;
                 0: no bound. `eval_capacity`, `overflow` and `metric` are the same for inference (capacity.py)
     scaling     of what the routed experts say
+    main        of the choices that many are asked; each of the others is one learned vector (compressed.py), at first ones
 
     Auxiliary losses are in nats a token; a pass that learns leaves their sum in `auxiliary`. `routing` is what the router
     decided in the last pass, after the bounds. Shapes: (B, T, dim) -> (B, T, dim).
     """
 
+    elementwise = ("vectors",)
     auxiliary: Tensor | None = None
     routing: Routing | None = None
 
@@ -85,15 +88,20 @@ class MoE(nn.Module):
         eval_capacity: float = 0.0,
         overflow: Literal["drop", "reroute"] = "drop",
         metric: Literal["score", "order", "reverse", "random"] = "score",
+        main: int | None = None,
     ):
         super().__init__()
-        at_least(1, width=width, shared_width=shared_width)
+        at_least(1, width=width, shared_width=shared_width, main=main)
         at_least(0, shared=shared, balance=balance, z=z, capacity=capacity, eval_capacity=eval_capacity)
         self.router = make_router(router, dim, experts=experts, top_k=top_k, vocab_size=vocab_size, layer=layer)
         self.top_k = self.router.top_k
         width = width or (-(-8 * dim // (3 * 64)) * 64 if gated else 4 * dim)
         options = dict(activation=activation, gated=gated)
-        self.experts = Experts(dim, experts, width, uses=self.top_k, **options)
+        self.main = main or self.top_k
+        if self.main > self.top_k:
+            raise ValueError(f"main: {main} of {self.top_k} choices")
+        self.vectors = None if main is None else nn.Parameter(torch.ones(experts, dim))
+        self.experts = Experts(dim, experts, width, uses=self.main, **options)
         self.shared = Experts(dim, 1, shared_width or shared * width, **options) if shared else None
         if not shared and (shared_gate or shared_width):
             raise ValueError(f"{'shared_gate' if shared_gate else 'shared_width'}: there are no shared experts")
@@ -108,8 +116,12 @@ class MoE(nn.Module):
         if self.router.learns():
             weights = dict(balance=self.balance, z=self.z)
             self.auxiliary = losses.auxiliary(self.router, routing, self.balance_loss, sequences=x.shape[0], **weights)
-        self.routing = routing = self.bounded(routing)
-        y = self.experts(flat, routing.experts, routing.weights * self.scaling)
+        routing = self.bounded(routing)
+        self.routing = routing.detached()
+        experts, weights, read = routing.experts, routing.weights * self.scaling, flat
+        if self.vectors is not None:
+            read, experts, weights = modulated(flat, experts, weights, self.vectors, self.main)
+        y = self.experts(read, experts, weights)
         return (y if self.shared is None else y + self.of_all(flat)).to(x.dtype).view_as(x)
 
     def of_all(self, x: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class Routing:
     scores: Tensor | None = None
     logits: Tensor | None = None
 
+    def detached(self) -> "Routing":
+        """The same numbers without their history, to be kept."""
+        return Routing(*(None if t is None else t.detach() for t in vars(self).values()))
+
 
 class Router(nn.Module):
     """`(x, context) -> Routing` for x (N, dim), the tokens of `context` in a row. ValueError for more choices than experts.

@@ -125,6 +125,9 @@ def test_auxiliary_losses():
     with torch.no_grad():
         moa.train()(x, context())
     assert moa.auxiliary is None  # nothing learns
+    noisy = make(":router=noisy/importance=2:balance=0:z=0")
+    noisy(x, context())
+    assert noisy.auxiliary is noisy.router.own_loss and noisy.auxiliary > 0
     buffered = make(":scope=buffer")
     buffered(x, context())
     assert buffered.balance_loss.buffer.sum() == BATCH * TIME * 2
@@ -157,7 +160,7 @@ def test_published_sizes():
         with torch.device("meta"):
             model = LanguageModel(Config.of(model="jetmoe-8b", tie=tie))
         assert sum(p.numel() for p in model.parameters()) == matrices + tables + beside
-        assert active(model) == used + tables + beside
+        assert active(model) == used + tables + beside and model.stack[0].layer.head_dim == 128
     assert f"{matrices + tables:.2e} {used + tables:.2e}" == "8.59e+09 2.40e+09"
     scores = 24 * 4 * 512 * 2 * 16 * 128  # FLOPs of a token, with 512 keys
     assert forward_flops(model, 512) == 512 * (2 * (used + 24 * 2 * 8 * 2048 + 32000 * 2048) + scores)

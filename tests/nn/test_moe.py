@@ -1,5 +1,6 @@
 """Mixtures of experts: layer and routers against their equations, what keeps experts in use, bounds on their load."""
 
+import copy
 import itertools
 import math
 
@@ -551,6 +552,40 @@ def test_bounds_are_those_of_training_and_of_inference():
     assert counts_of(full.routing.experts, E).max() > 25
 
 
+# Compressed experts
+
+
+def test_all_main_is_the_mixture_and_vectors_of_ones_are_its_best():
+    x = numbers(2, 9, DIM)
+    moe, whole, best = make(top_k=4), make(top_k=4, main=4), make(top_k=4, main=2)
+    for other in (whole, best):
+        other.load_state_dict(moe.state_dict() | dict(vectors=torch.ones(E, DIM, dtype=torch.float64)))
+    torch.testing.assert_close(whole(x, context(x)), moe(x, context(x)), rtol=1e-12, atol=1e-12)
+    fewer = make(top_k=2)
+    fewer.load_state_dict(moe.state_dict())
+    torch.testing.assert_close(best(x, context(x)), fewer(x, context(x)), rtol=1e-10, atol=1e-12)
+    assert best.experts.up.uses == 2 and moe.experts.up.uses == 4
+
+
+def test_others_modulate_what_the_main_experts_read():
+    moe, x = make(top_k=3, main=1), numbers(1, 8, DIM)
+    y = moe(x, context(x))[0].detach().numpy()
+    e = moe.vectors.detach().numpy()
+    for n in range(8):
+        (first, *others), (g, *gates) = moe.routing.experts[n].tolist(), moe.routing.weights[n].tolist()
+        read = x[0, n].numpy() * (g + sum(weight * e[j] for weight, j in zip(gates, others, strict=True)))
+        np.testing.assert_allclose(y[n], ffn(read, moe.experts, first), rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_remembers_no_history():
+    """What a pass leaves behind does not hold its graph: a model can be copied after it."""
+    moe, x = make(), numbers(1, 8, DIM)
+    moe(x, context(x)).sum().backward()
+    moe.auxiliary = None  # which the model takes away
+    copy.deepcopy(moe)
+    assert not moe.routing.weights.requires_grad
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -562,6 +597,10 @@ def test_bounds_are_those_of_training_and_of_inference():
         ("moe:gated=false:activation=identity", "^activation: plain experts know silu.*not identity"),
         ("moe:activation=relu2", "^activation: gated experts know silu"),
         ("moe:shared_gate=true", "^shared_gate: there are no shared experts"),
+        ("moe:shared_width=9", "^shared_width: there are no shared experts"),
+        ("moe:shared=1:shared_width=0", "^shared_width: 0 is too small"),
+        ("moe:top_k=2:main=3", "^main: 3 of 2 choices"),
+        ("moe:main=0", "^main: 0 is too small"),
         ("moe:width=0", "^width: 0 is too small"),
         ("moe:balance=-1", "^balance: -1"),
         ("moe:router=hash/domains=3", "^domains: 8 experts are not 3 equal groups"),
