@@ -58,6 +58,9 @@ def _jetmoe(depth: int, dim: int, heads: int, width: int, *, experts: int, vocab
     )  # fmt: skip
 
 
+_PAIR = "mamba2:groups=8 mlp:activation=relu2:width=21504"  # M-
+_NEMOTRON_H = (f"({_PAIR})*3 mamba2:groups=8 gqa:kv_heads=8 mlp:activation=relu2:width=21504 "
+               f"(({_PAIR})*4 mamba2:groups=8 gqa:kv_heads=8 mlp:activation=relu2:width=21504)*3 ({_PAIR})*5")  # fmt: skip
 STRETCHED = "rope:theta=500000:factor=32"  # Llama 3.2's text models
 
 PRESETS: dict[str, dict] = {
@@ -93,6 +96,10 @@ PRESETS: dict[str, dict] = {
               "(mamba2:state=64 mlp:activation=gelu)*3",
         norm="rmsnorm:eps=1e-5", position="none",
         dim=256, heads=4, vocab_size=4096, seq_len=256, tie=True, init="fan_in", softcap=0.0,
+    ),
+    "nemotron-h-8b": dict(  # NVIDIA 2025, "Nemotron-H" (arXiv:2504.03624), table 1: as models.hybrid spells M-M-M-M*-…
+        stack=_NEMOTRON_H, norm="rmsnorm:eps=1e-5", position="none",
+        dim=4096, heads=32, vocab_size=131072, seq_len=8192, tie=False, init="gpt2", softcap=0.0,
     ),
     "transnormer": _transnormer(6, 256, 4, 704, vocab_size=4096, seq_len=256) | dict(init="fan_in", embedding_scale=1.0),
     "transnormer-385m": _transnormer(24, 1024, 8, 2816),

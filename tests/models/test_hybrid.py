@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import pytest
+import torch
 
 from models import Config, LanguageModel
 from models.hybrid import SUBLAYERS, hybrid_pattern, main, spelled
@@ -70,3 +71,14 @@ def test_impossible_shares(numbers, argument, capsys):
 def test_an_unknown_letter():
     with pytest.raises(ValueError, match=r"^pattern: 'x' is none of M, \*, -$"):
         spelled("M-x")
+
+
+def test_nemotron_h_is_its_published_pattern_and_size():
+    """8.10 billion parameters: what the published tensors sum to."""
+    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    words = {"M": "mamba2:groups=8", "*": "gqa:kv_heads=8", "-": "mlp:activation=relu2:width=21504"}
+    config = Config.of(model="nemotron-h-8b")
+    assert parse_stack(config.stack) == parse_stack(spelled(pattern, words))
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_100_852_736
