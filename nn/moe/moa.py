@@ -105,8 +105,7 @@ class MoA(nn.Module):
         """(N, C) of what the heads say (B, T, H A, D): each choice through its expert, by its weight, and their sum."""
         A = self.top_k
         y = y.unflatten(2, (self.heads, A)).transpose(2, 3).reshape(-1, self.heads * self.head_dim)  # (N A, H D)
-        y = self.out(y, ends, gather=order, scatter=order, scale=weights.flatten()[order])  # (N A, C)
-        return y.unflatten(0, (-1, A)).sum(1)
+        return self.out(y, ends, gather=order, scatter=order, fan_in=A, scale=weights.flatten()[order])
 
     def after_step(self) -> None:
         """What is done once a step, after all its parts: its counts begin anew."""
