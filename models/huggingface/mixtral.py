@@ -1,7 +1,7 @@
 """Mixtral checkpoints and those of other mixtures of experts that are Llama beside them: OLMoE, Qwen2-MoE, Qwen3-MoE.
 
-They are published with a tensor for each matrix of each expert; ours stand stacked. What config.json says of training (the
-balance loss, noise of the router) is not of the model: one that is read has the losses that `moe` has by default.
+They are published with a tensor for each matrix of each expert; ours stand stacked. The coefficient of
+the balance loss, which config.json has too, is not of the model: one that is read has the losses that `moe` has by default.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import PRESETS, Config, LanguageModel
-from models.describe import activation_bytes, describe, forward_flops, main, parameters, state_bytes, training_flops
+from models.describe import activation_bytes, active, describe, forward_flops, main, parameters, state_bytes, training_flops
 from nn.norm import LayerNorm
 
 TINY = dict(vocab_size=31, dim=16, heads=2, depth=2, seq_len=64)
@@ -129,6 +129,7 @@ def test_the_table(preset, capsys):
         model = LanguageModel(Config.of(model=preset, seq_len=64))
     for number in (
         sum(p.numel() for p in model.parameters()),
+        active(model),
         forward_flops(model, 64) // 64,
         state_bytes(model, 64, torch.bfloat16),
     ):

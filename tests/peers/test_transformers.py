@@ -227,7 +227,7 @@ def test_ours_there(options, shard_bytes, tmp_path):
         dict(model="llama-1m", ffn="moe:gated=false:activation=gelu"), dict(model="llama-1m", ffn="moe:activation=gelu"),
         dict(model="llama-1m", ffn="moe:shared=1"), dict(model="llama-1m", ffn="moe:shared=1:shared_gate=true"),
         dict(model="llama-1m", ffn="moe:scaling=2"), dict(model="llama-1m", ffn="moe:eval_capacity=1"),
-        dict(model="llama-1m", ffn="moe", mixer="moa"),
+        dict(model="llama-1m", ffn="moe", mixer="moa"), dict(model="llama-1m", ffn="moe:router=bias", mixer="mha:qk_norm=head"),
     ],
 )  # fmt: skip
 def test_what_no_family_holds(options, tmp_path):
