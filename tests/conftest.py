@@ -1,9 +1,12 @@
 """What all tests share: a cache of their own, so that they neither read nor fill the user's; one seed for PyTorch, and tiny
-numbers as they are; Triton in its interpreter, unless the tests of a GPU were asked for."""
+numbers as they are; Triton in its interpreter, unless the tests of a GPU were asked for; one thread, since lectures and
+compilers run beside them, and threads that wait for each other on busy cores take several times as long as one."""
 
 import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when PyTorch is imported
 
 
 def pytest_configure(config):
