@@ -35,6 +35,7 @@ from models.stack import FFNS, MIXERS
 from models.weights import load_model, read_config, save_model
 from nn.adapt import ADAPTERS
 from nn.init import INITS
+from nn.moe import ROUTERS
 from nn.norm import NORMS
 from nn.objective import OBJECTIVES
 from nn.position import POSITIONS
@@ -42,7 +43,7 @@ from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
-FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
+FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
             "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
             "task": TASKS}  # fmt: skip
 

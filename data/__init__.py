@@ -11,6 +11,10 @@
     loader       batches: random windows for training, all windows for evaluation
     tasks        sequences made by a rule, with answers that are known
     task_loader  batches of a task
+    tfidf        texts as points
+    balanced     k-means with clusters of equal size
+    cluster      a corpus in parts, an expert for each
+    contexts     how far a text so far is from each cluster
     cache        where all of this is kept, and how it is written whole
 
 The whole way:
