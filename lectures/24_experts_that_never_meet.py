@@ -297,4 +297,4 @@ for name, weights in (("expert of the first dialect", OLD), ("of the second", NE
 axes[1].axvline(60, color="grey", linestyle=":")
 axes[1].set(xlabel="word", ylabel="weight", title="a context that changes its dialect (mean of 12)")
 axes[1].legend()
-lectern.save_figure(figure, "25_experts_that_never_meet")
+lectern.save_figure(figure, "24_experts_that_never_meet")

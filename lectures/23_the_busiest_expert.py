@@ -181,4 +181,4 @@ axes[0].set(xlabel="busiest load over the mean: what the layer waits for", ylabe
 axes[0].legend()
 axes[1].bar(list(AFTER), [after for _, after in AFTER.values()], color=["C2", "C3", "C0"])
 axes[1].set(ylim=(0.95 * min(after for _, after in AFTER.values()), None), ylabel="nats a token", title="after 100 steps more")
-lectern.save_figure(figure, "24_the_busiest_expert")
+lectern.save_figure(figure, "23_the_busiest_expert")
