@@ -1,4 +1,4 @@
-"""Lectures take minutes, so they run beside the other tests: one after the other, on one thread, from the session's start."""
+"""Lectures take minutes, so they run beside the other tests: two at a time, each on one thread, from the session's start."""
 
 import os
 import subprocess
@@ -27,28 +27,30 @@ class Lectures:
     """Runs of lectures under way, by path."""
 
     def __init__(self, paths: list[Path], folder: Path):
-        self.folder, self.process, self.closed = folder, None, False
-        self.pool = ThreadPoolExecutor(1)
+        self.folder, self.processes, self.closed = folder, [], False
+        self.pool = ThreadPoolExecutor(2)
         self.runs: dict[Path, Future] = {path: self.pool.submit(self.run, path) for path in paths}
 
     def run(self, path: Path) -> Done:
         environment = os.environ | dict(MPLBACKEND="Agg", OMP_NUM_THREADS="1", ROSETTA_CACHE=str(self.folder / "cache"))
         places = [self.folder / f"{path.stem}.{kind}" for kind in ("out", "err")]
         with places[0].open("w") as out, places[1].open("w") as err:
-            self.process = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment, stdout=out, stderr=err)
-            guard = threading.Timer(LIMIT, self.process.kill)
+            process = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment, stdout=out, stderr=err)
+            self.processes.append(process)
+            guard = threading.Timer(LIMIT, process.kill)
             guard.start()
             if self.closed:
-                self.process.kill()
-            _, status, usage = os.wait4(self.process.pid, 0)
-            self.process.returncode = os.waitstatus_to_exitcode(status)
+                process.kill()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
             guard.cancel()
-        return Done(self.process.returncode, *(place.read_text() for place in places), usage.ru_utime)
+        return Done(process.returncode, *(place.read_text() for place in places), usage.ru_utime)
 
     def close(self) -> None:
         self.closed = True
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
+        for process in self.processes:
+            if process.returncode is None:
+                process.kill()
         self.pool.shutdown(cancel_futures=True)
 
 
