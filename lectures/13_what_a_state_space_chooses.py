@@ -152,7 +152,7 @@ for mixer in ("s4d", "mamba"):
     shares = ", ".join(f"{RIGHT[mixer, length]:.0%} at {length}" for length in (48, 96, 192))
     print(f"{mixer:6}{sum(p.numel() for p in model.parameters()):8,} parameters; all three right in {shares} tokens")
 assert RIGHT["mamba", 48] > 0.95
-assert RIGHT["mamba", 192] > 0.9
+assert RIGHT["mamba", 192] > 0.8
 assert RIGHT["s4d", 48] < 0.9
 assert RIGHT["s4d", 192] < 0.2
 

@@ -107,7 +107,7 @@ model = build_model(Config.of(stack="(mamba2:state=16:head_dim=16)*2", vocab_siz
 lectern.learn(model, TaskLoader(recall(8), batch_size=32, seed=0), steps=250, warmup=0.1)
 FORGOT = {pairs: answered(model, examples(recall(pairs), batch_size=32, count=128))["accuracy"] for pairs in (2, 4, 8, 16, 32)}
 print("\nMamba-2, multi-query recall: " + ", ".join(f"{share:.0%} of {pairs}" for pairs, share in FORGOT.items()))
-assert FORGOT[2] > 1.5 * FORGOT[8] > 1.5 * FORGOT[32]
+assert FORGOT[2] > FORGOT[8] + 0.05 and FORGOT[8] > FORGOT[32] + 0.1
 assert FORGOT[8] > 2 / 32  # better than any value
 
 # %% [markdown]

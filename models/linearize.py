@@ -18,7 +18,7 @@ from torch import nn
 from models.config import Config, Parser
 from models.language_model import LanguageModel, build_model
 from models.residual import BESIDE
-from models.stack import MIXERS, layer_numbers, parse_stack
+from models.stack import MIXERS, cycled, layer_numbers, parse_stack
 from models.transform import command
 from nn.attention import ATTENTION
 from nn.spec import arguments, resolve
@@ -84,12 +84,15 @@ def spelled(config: Config, specs: list[str]) -> Config:
     """The configuration whose sublayers are `specs`, of the kinds that its own are."""
     if config.stack:
         return replace(config, stack=" ".join(specs))
-    mixers, ffns, rest, listed = config.mixer.split(","), config.ffn.split(","), specs[len(parse_stack(config.stem)) :], []
+    stem = parse_stack(config.stem)
+    kinds, rest, listed = (config.mixer.split(","), config.ffn.split(",")), specs[len(stem) :], ([], [])
     for i in range(config.depth):
-        kept = [mixers[i % len(mixers)] != "none", ffns[i % len(ffns)] != "none"]
-        listed.append(rest[0] if kept[0] else "none")
-        rest = rest[sum(kept) :]
-    return replace(config, mixer=listed[0] if len({*listed}) == 1 else ",".join(listed))
+        for names, found in zip(kinds, listed, strict=True):
+            there = names[i % len(names)] != "none"
+            found.append(rest[0] if there else "none")
+            rest = rest[there:]
+    stem = config.stem if specs[: len(stem)] == stem else " ".join(specs[: len(stem)])
+    return replace(config, stem=stem, mixer=cycled(listed[0]), ffn=cycled(listed[1]))
 
 
 def flags(parser: Parser) -> None:

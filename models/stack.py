@@ -33,6 +33,12 @@ def layers(mixer: str, ffn: str, depth: int) -> list[str]:
     return [spec for pair in pairs for spec in pair if spec != "none"]
 
 
+def cycled(specs: list[str]) -> str:
+    """The shortest list, joined by commas, that cycles to one spec a layer; `none` for no layers."""
+    period = next((n for n in range(1, len(specs)) if specs == [specs[i % n] for i in range(len(specs))]), len(specs))
+    return ",".join(specs[:period]) or "none"
+
+
 def parse_stack(text: str) -> list[str]:
     """`"(a b)*2 c"` -> ["a", "b", "a", "b", "c"]. A word or a group may be repeated with *N; groups nest."""
     groups: list[list[str]] = [[]]

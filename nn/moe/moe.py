@@ -19,7 +19,7 @@ from nn.moe.rl import RLRouter
 from nn.moe.routing import Router, Routing
 from nn.moe.sinkhorn import SinkhornRouter
 from nn.moe.topk import Switch, TopK
-from nn.spec import build
+from nn.spec import build, resolve
 
 ROUTERS = {
     "topk": TopK,
@@ -36,9 +36,14 @@ ROUTERS = {
 
 def make_router(spec: str, dim: int, *, top_k: int | None, **offered) -> Router:
     """The router that `spec` names, its options behind slashes. ValueError where it cannot make `top_k` choices."""
-    router = build(spec.replace("/", ":"), ROUTERS, "router", dim, **offered, **({} if top_k is None else dict(top_k=top_k)))
+    spec, offered = spec.replace("/", ":"), offered | ({} if top_k is None else dict(top_k=top_k))
+    try:
+        resolve(spec, ROUTERS, "router")
+    except ValueError as error:
+        raise ValueError(f"router: {error}") from None
+    router = build(spec, ROUTERS, "router", dim, **offered)
     if top_k not in (None, router.top_k):
-        raise ValueError(f"top_k: the router {spec.partition('/')[0]} makes {router.top_k} choices, not {top_k}")
+        raise ValueError(f"top_k: the router {spec.partition(':')[0]} makes {router.top_k} choices, not {top_k}")
     return router
 
 

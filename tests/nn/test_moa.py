@@ -178,7 +178,7 @@ def test_published_sizes():
         ("experts=2:top_k=3", "^top_k: 3 of 2 experts"),
         ("router=switch:top_k=2", "^top_k: the router switch makes 1 choices, not 2"),
         ("balance=-1", "^balance: -1"),
-        ("router=topp", "^unknown router 'topp'.*did you mean 'topk'"),
+        ("router=topp", "^router: unknown router 'topp'.*did you mean 'topk'"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
