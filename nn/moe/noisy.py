@@ -18,8 +18,8 @@ class NoisyTopK(Router):
         importance_e = sum of e's weights;            L = c CV(importance)^2
         load_e = sum of P(e is chosen, were its noise drawn again);   L = c CV(load)^2
 
-    CV is the standard deviation divided by the mean. `importance` and `load` are the coefficients c of the two losses;
-    LLaMA-MoE (Zhu et al. 2024, arXiv:2406.16554) uses the router with the balance loss instead. Both matrices begin at zero.
+    CV is the standard deviation divided by the mean. `importance` and `load` are the coefficients c of the two losses, both
+    0.01 in LLaMA-MoE (Zhu et al. 2024, arXiv:2406.16554, as its authors' code has it). Both matrices begin at zero.
     """
 
     def __init__(self, dim: int, experts: int = 8, top_k: int = 2, *, importance: float = 0.0, load: float = 0.0):
