@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     def flags(parser):
         parser.add_argument("--to", required=True, choices=("rmsnorm", "crmsnorm"), help="the norm to have")
 
-    return command(argv, "convert_norm", __doc__, flags, lambda model, args: convert(model, args.to))
+    return command(argv, "convert_norm", __doc__, flags, lambda model, to: convert(model, to))
 
 
 if __name__ == "__main__":

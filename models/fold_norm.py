@@ -40,7 +40,7 @@ def linear_form(norm: torch.nn.Module, spec: str) -> tuple[torch.Tensor, torch.T
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "fold_norm", __doc__, lambda parser: None, lambda model, args: fold(model))
+    return command(argv, "fold_norm", __doc__, lambda parser: None, fold)
 
 
 if __name__ == "__main__":

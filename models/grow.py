@@ -15,7 +15,6 @@ what that one read, while layer 1 upon layer L reads something it has never seen
 """
 
 import sys
-from argparse import Namespace
 from dataclasses import replace
 
 import torch
@@ -112,16 +111,8 @@ def flags(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of which units are copied once more [0]")
 
 
-def change(model: LanguageModel, args: Namespace) -> LanguageModel:
-    given = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "out")}
-    made = grow(model, **given)
-    before, after = (sum(parameter.numel() for parameter in m.parameters()) for m in (model, made))
-    print(f"{len(layers_of(model)[1])} layers, {before:,} parameters -> {len(layers_of(made)[1])} layers, {after:,} parameters")
-    return made
-
-
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "grow", __doc__, flags, change)
+    return command(argv, "grow", __doc__, flags, grow)
 
 
 if __name__ == "__main__":

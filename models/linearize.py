@@ -10,7 +10,6 @@ with projections only in later code. With `--layers` some layers keep their atte
 """
 
 import sys
-from argparse import Namespace
 from dataclasses import replace
 
 from torch import nn
@@ -101,12 +100,11 @@ def flags(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the new weights [0]")
 
 
-def change(model: LanguageModel, args: Namespace) -> LanguageModel:
-    made = linearize(model, args.mixer, layers=args.layers, seed=args.seed)
+def change(model: LanguageModel, **options) -> LanguageModel:
+    """What `linearize` gives, with a line about the tensors that were copied, drawn and left behind."""
+    made = linearize(model, **options)
     new, lost = unmatched(made, model), unmatched(model, made)
     print(f"{len(made.state_dict()) - len(new)} tensors copied, {len(new)} new: {kinds(new)}; left behind: {kinds(lost)}")
-    changed = sorted({(a, b) for a, b in zip(model.specs, made.specs, strict=True) if a != b})
-    print("\n".join(f"{old} -> {spec}" for old, spec in changed))
     return made
 
 

@@ -27,7 +27,7 @@ def merged(model: LanguageModel) -> LanguageModel:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "merge_adapter", __doc__, lambda parser: None, lambda model, args: merged(model))
+    return command(argv, "merge_adapter", __doc__, lambda parser: None, merged)
 
 
 if __name__ == "__main__":

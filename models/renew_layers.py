@@ -38,7 +38,7 @@ def flags(parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "renew_layers", __doc__, flags, lambda model, args: renew(model, args.top, seed=args.seed))
+    return command(argv, "renew_layers", __doc__, flags, renew)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Importance needs texts, and is worked out by `neuron_importance`; as a command t
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterable
 from itertools import combinations
 
@@ -32,7 +31,7 @@ from models.checkpoint import model_tensors
 from models.config import Parser
 from models.language_model import LanguageModel
 from models.transform import command
-from models.upcycle import Place, assembled, dense_ffns, moe_spec, router_tensors, shared_flags, told, with_specs
+from models.upcycle import Place, assembled, dense_ffns, moe_spec, router_tensors, shared_flags, with_specs
 from nn.checks import at_least
 
 METHODS = ("random", "kmeans", "inner", "inter")
@@ -181,13 +180,8 @@ def flags(parser: Parser) -> None:
     parser.add_argument("--scaling", type=float, default=None, metavar="X", help="of what experts say [experts / top-k]")
 
 
-def change(model: LanguageModel, args: Namespace) -> LanguageModel:
-    given = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "out")}
-    return told(model, split(model, **given))
-
-
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "split_ffn", __doc__, flags, change)
+    return command(argv, "split_ffn", __doc__, flags, split)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Commands that read a checkpoint, change its model and write it to a folder of its own."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,19 +14,23 @@ from models.weights import load_model, save_model
 
 
 def command(argv: list[str] | None, name: str, doc: str, flags: Callable[[Parser], None],
-            change: Callable[[LanguageModel, argparse.Namespace], LanguageModel]) -> int:  # fmt: skip
-    """Read a checkpoint, change its model, write it to a folder with its tokenizer. 2 after a mistake, told in one line."""
+            change: Callable[..., LanguageModel]) -> int:  # fmt: skip
+    """Read a checkpoint, change its model, write it to a folder with its tokenizer. 2 after a mistake, told in one line.
+
+    `flags` adds options to the parser; `change(model, **options)` gives the new model. What differs is printed.
+    """
     parser = Parser(prog=f"python -m models.{name}", description=doc.splitlines()[0])
     parser.add_argument("checkpoint", help="a run, a checkpoint or a published model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the new model goes; must not exist yet")
     flags(parser)
-    args = parser.parse_args(argv)
+    options = vars(parser.parse_args(argv))
+    place, target = options.pop("checkpoint"), options.pop("out")
     try:
-        folder, out = find(Path(args.checkpoint)), Path(args.out)
+        folder, out = find(Path(place)), Path(target)
         if out.exists():
-            raise ValueError(f"out: {args.out!r} exists already")
+            raise ValueError(f"out: {target!r} exists already")
         model = load_model(folder).eval()
-        made = change(model, args)
+        made = change(model, **options)
         tokens = torch.randint(model.config.vocab_size, (1, min(model.config.seq_len, 64)))
         with torch.inference_mode():
             before, after = model(tokens), made(tokens)
@@ -37,9 +40,18 @@ def command(argv: list[str] | None, name: str, doc: str, flags: Callable[[Parser
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out}: {made.config.norm}, width {made.config.dim} (was {model.config.norm}, {model.config.dim}); "
+    print(*changes(model, made), sep="\n")
+    print(f"wrote {target}: {made.config.norm}, width {made.config.dim} (was {model.config.norm}, {model.config.dim}); "
           f"of logits up to {before.abs().max():.3g} none moved by more than {(after - before).abs().max():.1g}")  # fmt: skip
     return 0
+
+
+def changes(model: LanguageModel, made: LanguageModel) -> list[str]:
+    """What became of each kind of sublayer, and how many sublayers and parameters there were and are."""
+    sizes = [(len(m.specs), sum(parameter.numel() for parameter in m.parameters())) for m in (model, made)]
+    pairs = zip(model.specs, made.specs, strict=True) if sizes[0][0] == sizes[1][0] else ()
+    lines = [f"{old} -> {new}" for old, new in sorted(set(pairs)) if old != new]
+    return [*lines, "{:,} sublayers, {:,} parameters -> {:,} sublayers, {:,} parameters".format(*sizes[0], *sizes[1])]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -17,7 +17,6 @@ What one process holds of a sharded model is made from the dense tensors by them
 
 import sys
 import zlib
-from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -196,22 +195,8 @@ def shared_flags(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the router and of what else is drawn [0]")
 
 
-def change(model: LanguageModel, args: Namespace) -> LanguageModel:
-    given = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "out")}
-    return told(model, upcycle(model, **given))
-
-
-def told(model: LanguageModel, made: LanguageModel) -> LanguageModel:
-    """Print what became of a model, and return what it became."""
-    for old, spec in sorted({pair for pair in zip(model.specs, made.specs, strict=True) if pair[0] != pair[1]}):
-        print(f"{old} -> {spec}")
-    before, after = (sum(parameter.numel() for parameter in m.parameters()) for m in (model, made))
-    print(f"{before:,} parameters -> {after:,}")
-    return made
-
-
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "upcycle", __doc__, flags, change)
+    return command(argv, "upcycle", __doc__, flags, upcycle)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,21 @@
 """Wider by copies: exactly the same function, or one whose symmetry is broken. Deeper by copies: each tensor a source's."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 import train
-from models import Config, build_model, widen
+from models import build_model, widen
 from models.grow import ORDERS, deepen, grow, main
 from models.stack import cycled
 from models.weights import load_model, save_model
 from models.widen import Copies, copies
 from nn.attention import MQA
+from tests.models.drawn import drawn, tokens
 
-TINY = dict(vocab_size=40, dim=16, heads=4, depth=3, seq_len=24, stem="", mixer="gqa:kv_heads=2", ffn="swiglu", norm="rmsnorm")
-
-
-def trained(**options):
-    model = build_model(Config.of(**TINY | options), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.4, generator=generator)
-    return model.double()
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0))
-
+trained = partial(drawn, std=0.4, heads=4, depth=3, mixer="gqa:kv_heads=2", ffn="swiglu")
 
 MODELS = {
     "llama": dict(model="llama-1m", ffn="swiglu:width=24", norm="rmsnorm:eps=1e-2"),  # tied
@@ -249,7 +237,7 @@ def test_as_a_command(tmp_path, capsys):
     call = [str(folder), "--width", "32", "--depth", "6", "--order", "stack", "--method", "aki", "--seed", "3"]
     assert main([*call, "--out", str(tmp_path / "grown")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("3 layers, ") and " -> 6 layers, " in out and "width 32 (was rmsnorm, 16)" in out
+    assert out.startswith("6 sublayers, ") and " -> 12 sublayers, " in out and "width 32 (was rmsnorm, 16)" in out
     made, wanted = load_model(tmp_path / "grown"), grow(model, width=32, depth=6, order="stack", method="aki", seed=3)
     assert made.config == wanted.config
     assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in made.state_dict().items())

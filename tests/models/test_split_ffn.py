@@ -7,26 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from models import Config, LanguageModel, build_model
+from models import LanguageModel
 from models.split_ffn import balanced_kmeans, main, neuron_importance, split
 from models.upcycle import dense_ffns
 from models.weights import load_model, save_model
-
-TINY = dict(vocab_size=40, dim=16, heads=2, depth=2, seq_len=24, stem="", mixer="gqa", ffn="swiglu:width=24", norm="rmsnorm")
-
-
-def trained(**options):
-    model = build_model(Config.of(**TINY | options), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.double()
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0))
+from tests.models.drawn import drawn, tokens
 
 
 def all_on(made: LanguageModel, experts: int) -> LanguageModel:
@@ -47,7 +33,7 @@ def all_on(made: LanguageModel, experts: int) -> LanguageModel:
 @pytest.mark.parametrize("ffn", ["swiglu:width=24", "mlp:activation=relu2:width=24", "geglu:width=24,sglu:width=16"])
 def test_all_experts_together_are_the_dense_layer(ffn, method):
     """With two experts beside one that is shared, neurons are in one place each if the two want different ones."""
-    model, options = trained(ffn=ffn), {}
+    model, options = drawn(ffn=ffn), {}
     dense, experts = model(tokens()), 8
     if method == "inter":
         experts, width = 3, {place.prefix: place.width for place in dense_ffns(model)}
@@ -61,7 +47,7 @@ def test_all_experts_together_are_the_dense_layer(ffn, method):
 
 @torch.no_grad()
 def test_the_chosen_add_up_by_hand():
-    model = trained(depth=1)
+    model = drawn(depth=1)
     made = split(model, experts=4, top_k=2, router_std=0.5, seed=3)
     assert made.specs[1] == ("moe:experts=4:top_k=2:width=6:router=noisy/importance=0.01/load=0.01:balance=0:z=0:scaling=2")
     dense, layer = model.stack[1].layer, made.eval().stack[1].layer
@@ -79,7 +65,7 @@ def test_the_chosen_add_up_by_hand():
 
 
 def test_every_neuron_has_one_place():
-    model = trained(ffn="swiglu:width=32")
+    model = drawn(ffn="swiglu:width=32")
     for method in ("random", "kmeans"):
         made = split(model, method=method, seed=1)
         places, other = [], split(model, method=method, seed=2)
@@ -128,7 +114,7 @@ def test_kmeans_is_as_good_as_trying_all_partitions():
 
 def test_kmeans_puts_like_neurons_together():
     """By the direction of their rows of W_up, not by its length."""
-    model = trained(depth=1, ffn="swiglu:width=16")
+    model = drawn(depth=1, ffn="swiglu:width=16")
     with torch.no_grad():
         directions, lengths = torch.eye(16, dtype=torch.float64)[:4], 10 ** torch.linspace(-2, 2, 16, dtype=torch.float64)
         kinds = torch.arange(16) % 4
@@ -139,7 +125,7 @@ def test_kmeans_puts_like_neurons_together():
 
 def test_importance_is_the_change_of_the_loss():
     """For one token of one text: by central differences, each neuron a little stronger and weaker."""
-    model = trained(ffn="swiglu:width=6,mlp:width=5")
+    model = drawn(ffn="swiglu:width=6,mlp:width=5")
     inputs, targets = tokens()[:1, :1], tokens()[:1, 1:2]
     got = neuron_importance(model, [[(inputs, targets)], [(inputs, targets), (inputs, targets)]])
     for place in dense_ffns(model):
@@ -162,7 +148,7 @@ def test_importance_is_the_change_of_the_loss():
 
 
 def test_experts_with_neurons_in_common():
-    model = trained(depth=1, ffn="swiglu:width=6")
+    model = drawn(depth=1, ffn="swiglu:width=6")
     up = model.stack[1].layer.up.weight
     wishes = torch.tensor([[9.0, 8, 7, 0, 1, 2], [9, 1, 0, 8, 2, 3]])
     made = split(model, experts=2, top_k=1, method="inner", importance={"stack.1.layer.": wishes}).stack[1].layer
@@ -177,7 +163,7 @@ def test_experts_with_neurons_in_common():
 
 
 def test_scaling_and_layers():
-    model = trained(depth=4)
+    model = drawn(depth=4)
     made = split(model, experts=6, top_k=3, scaling=1.5, every=2, options="capacity=2")
     assert [spec.partition(":")[0] for spec in made.specs[1::2]] == ["swiglu", "moe"] * 2
     layer = made.stack[3].layer
@@ -209,11 +195,11 @@ def test_scaling_and_layers():
 )  # fmt: skip
 def test_mistakes(given, part):
     with pytest.raises(ValueError, match=part):
-        split(trained(), **given)
+        split(drawn(), **given)
 
 
 def test_as_a_command(tmp_path, capsys):
-    model, folder = trained().float(), tmp_path / "dense"
+    model, folder = drawn().float(), tmp_path / "dense"
     folder.mkdir()
     save_model(model, folder)
     call = [str(folder), "--experts", "4", "--top-k", "1", "--method", "kmeans", "--seed", "3"]

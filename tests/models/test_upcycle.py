@@ -1,30 +1,19 @@
 """A dense model becomes a mixture of copies of its ffns: the same function, or a smaller one, and shard by shard the same."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
 
 import train
-from models import Config, build_model
+from models import build_model
 from models.checkpoint import model_tensors
 from models.upcycle import dense_ffns, main, upcycle, upcycled
 from models.weights import load_model, save_model
 from nn.moe import MoE
+from tests.models.drawn import drawn, tokens
 
-TINY = dict(vocab_size=40, dim=16, heads=2, depth=4, seq_len=24, stem="", mixer="gqa", ffn="swiglu:width=24", norm="rmsnorm")
-
-
-def trained(**options):
-    model = build_model(Config.of(**TINY | options), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.double()
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(40, (3, 20), generator=torch.Generator().manual_seed(0))
-
+trained = partial(drawn, depth=4)
 
 FFNS = [
     "swiglu", "swiglu:width=5", "geglu", "geglu:approximate=true", "sglu", "glu", "glu:activation=relu", "mlp",
