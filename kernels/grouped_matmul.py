@@ -337,21 +337,21 @@ def pytorch(x, weight, ends, *, gather=None, fan_out=1, scatter=None, fan_in=1, 
 
 
 def inputs(draw: Draw) -> dict:
-    N, fan_out, G = draw.one_of(0, 1, 5, 16, 33), draw.one_of(1, 2, 3), draw.one_of(1, 2, 5, 8)
+    N, fan, G = draw.one_of(5, 0, 1, 16, 33), draw.one_of(2, 1, 3), draw.one_of(2, 1, 5, 8)
     gathered, scattered = draw.flag(), draw.flag()
-    K, wide = draw.one_of(1, 8, 17, 40), draw.one_of(1, 8, 24, 70)
-    M = N * fan_out if gathered else N
+    K, wide = draw.one_of(8, 1, 17, 40), draw.one_of(8, 1, 24, 70)
+    M = N * fan
     ends = np.sort(draw.integers(G, high=M))
     if draw.flag():
         ends[-1] = M
     return dict(
-        x=draw.normal(N, K),
+        x=draw.normal(N if gathered else M, K),
         weight=draw.normal(G, wide, K),
         ends=ends,
         gather=draw.random.permutation(M) if gathered else None,
-        fan_out=fan_out if gathered else 1,
+        fan_out=fan if gathered else 1,
         scatter=draw.random.permutation(M) if scattered else None,
-        fan_in=draw.one_of(1, fan_out) if gathered and scattered else 1,
+        fan_in=draw.one_of(fan, 1) if scattered else 1,
         scale=draw.uniform(M) if draw.flag() else None,
     )
 

@@ -1,4 +1,4 @@
-"""Compiling for GPUs takes minutes, so it runs beside the other tests, in processes of its own from the session's start."""
+"""Compiling for GPUs takes minutes: it runs beside the other tests and behind them, in processes of its own from the start."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ class Compiling:
     def run(self, words: list[str]) -> list[str]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        with subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env=environment, **pipes) as self.process:
+        with subprocess.Popen(["nice", sys.executable, "-m", *words], cwd=ROOT, env=environment, **pipes) as self.process:
             if self.closed:
                 self.process.kill()
             try:

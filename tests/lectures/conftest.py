@@ -1,4 +1,7 @@
-"""Lectures take minutes, so they run beside the other tests: two at a time, each on one thread, from the session's start."""
+"""Lectures take minutes, so they run beside the other tests: two at a time, each on one thread, from the session's start.
+
+They step back behind the tests (`nice`), so that these, which come one after the other, never wait for a core.
+"""
 
 import os
 import subprocess
@@ -35,7 +38,7 @@ class Lectures:
         environment = os.environ | dict(MPLBACKEND="Agg", OMP_NUM_THREADS="1", ROSETTA_CACHE=str(self.folder / "cache"))
         places = [self.folder / f"{path.stem}.{kind}" for kind in ("out", "err")]
         with places[0].open("w") as out, places[1].open("w") as err:
-            process = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment, stdout=out, stderr=err)
+            process = subprocess.Popen(["nice", sys.executable, path], cwd=ROOT, env=environment, stdout=out, stderr=err)
             self.processes.append(process)
             guard = threading.Timer(LIMIT, process.kill)
             guard.start()

@@ -3,10 +3,12 @@
 import ast
 import csv
 import hashlib
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -148,11 +150,15 @@ def try_train(argv: list[str]) -> None:
 @cache
 def help_of(module: str) -> str | None:
     """What `python -m module --help` prints; None where there is no such module in this house or it knows no --help."""
-    path = module.replace(".", "/")
-    if not (exists(f"{path}.py") or exists(f"{path}/__main__.py")):
+    path = module.replace(".", "/") + ".py"
+    if not exists(path):
         return None
-    run = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return run.stdout if run.returncode == 0 else None
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / path), run_name="__main__")  # in this process: a new one would import PyTorch anew
+    return printed.getvalue() if not end.value.code else None
 
 
 def try_module(module: str, argv: list[str]) -> str:

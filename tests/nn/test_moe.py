@@ -540,6 +540,15 @@ def test_rerouting_keeps_to_the_bound_and_serves_more(data):
             assert not free, (n, k, free)
 
 
+def test_who_is_rerouted_asks_its_best_expert_which_takes_the_highest_score():
+    scores = torch.tensor([[0.9, 0.01, 0.0], [0.8, 0.1, 0.0], [0.7, 0.3, 0.0], [0.6, 0.2, 0.15]])
+    chosen = torch.zeros(4, 1, dtype=torch.int64)  # all want expert 0, which has room for one; then all want expert 1
+    placed, weights = reroute(chosen, scores[:, :1], scores, capacity=1, extra=1)
+    assert placed[:, 0].tolist() == [0, 3, 1, 3] and torch.equal(weights[2], scores[2, 1:2])
+    placed, weights = reroute(chosen, scores[:, :1], scores, capacity=1)
+    assert placed[:, 0].tolist() == [0, 3, 1, 2] and torch.equal(weights[3], scores[3, 2:])
+
+
 def test_bounds_are_those_of_training_and_of_inference():
     x = numbers(1, 60, DIM)
     moe = make(capacity=1.0, eval_capacity=1.25, overflow="reroute")
