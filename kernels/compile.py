@@ -93,10 +93,11 @@ def launches(
 def describe(op: str, kernel, args: tuple, options: dict) -> Launch:
     given = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k not in OPTIONS}
     constant = {kernel.arg_names[p.num] for p in kernel.params if p.is_constexpr}
+    general = {kernel.arg_names[p.num] for p in kernel.params if p.do_not_specialize}
     signature, constants, divisible = [], [], []
     for name in kernel.arg_names:
         value = given[name]
-        if name in constant or value is None or (type(value) is int and value == 1):
+        if name in constant or value is None or (type(value) is int and value == 1 and name not in general):
             signature.append((name, "constexpr"))
             constants.append((name, value))
             continue
@@ -104,7 +105,7 @@ def describe(op: str, kernel, args: tuple, options: dict) -> Launch:
         if isinstance(value, int) and abs(value) >= 2**31:
             kind = "i64"
         signature.append((name, kind))
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in general):
             divisible.append(name)
     chosen = tuple((k, v) for k, v in options.items() if k in OPTIONS)
     return Launch(op, kernel.fn.__module__, kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), chosen)

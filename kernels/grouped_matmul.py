@@ -48,7 +48,7 @@ def reference_backward(grads, x, weight, ends, *, gather=None, fan_out=1, scatte
     return dict(x=dx, weight=dweight) | (dict(scale=dscale) if scale is not None else {})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "tiles"])  # which change from call to call
 def rows_kernel(
     x, weight, y, gather, scatter, scale, tile_group, tile_start, ends, K, N, fan_out, groups, tiles,
     stride_g, stride_n, stride_k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,

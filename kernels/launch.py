@@ -14,7 +14,7 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:  # then every op takes its PyTorch path, and the kernels below it are only read
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or (lambda plain: plain))
     tl = SimpleNamespace(constexpr=lambda value: value)
     TRITON = False
 else:
