@@ -19,6 +19,7 @@ from nn.init import INITS, own_values
 from nn.linear import Linear
 from nn.norm import NORMS
 from nn.objective import IGNORED, OBJECTIVES, next_token_loss
+from nn.parallel.sequence import Sequence
 from nn.position import POSITIONS
 from nn.spec import build
 
@@ -43,6 +44,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         dim, vocab_size = config.dim, config.vocab_size
+        self.sequences: list[Sequence] = []  # how processes share the positions of a row: models.parallel puts them here
         self.causal = build(config.objective, OBJECTIVES, "objective").causal
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
@@ -89,11 +91,14 @@ class LanguageModel(nn.Module):
         these tokens follow those it has seen, and it remembers them. `last`: only the last logits.
 
         Auxiliary losses, which layers leave while they learn, add to the gradient of the sum, each token's share to that of
-        its target, and not to its value, which stays that of the predictions.
+        its target, and not to its value, which stays that of the predictions. Where processes share the positions of a row,
+        logits and sum are those of this process's own.
         """
         x = self.hidden(tokens, documents=documents, domains=domains, state=state)
         x = self.transform(self.final_norm(x[:, -1:] if last else x))
         if targets is not None:
+            for sequence in self.sequences:
+                targets = sequence.part(targets)
             head = dict(bias=self.head.bias, softcap=self.config.softcap)
             loss = next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
             auxiliary = auxiliary_loss(self.stack, partial(self.costs, x.detach(), targets))
@@ -115,7 +120,9 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """The residual stream (B, T, C) behind the last sublayer."""
         context = replace(self.context(tokens, documents, state), domains=domains)
-        x = self.embedding(tokens)  # (B, T, C)
+        for sequence in self.sequences:
+            context = sequence.share(context)
+        x = self.embedding(context.tokens)  # (B, T, C)
         x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
         x = self.embedding_norm(x)
         for i, sublayer in enumerate(self.stack):

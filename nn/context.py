@@ -17,6 +17,7 @@ class Context:
     domains: (B, 1) or (B, T) int64, what kind of text the tokens are of, for the layers that treat kinds apart; or None.
     causal: whether a token sees only itself and what stands before it.
     state: the decoding state of the sublayer that is being called, which the model sets anew for each; None in training.
+    whole: where processes share the positions of a row, the context of all of them; this one is of the process's own.
     shared: what one layer works out and all others may use in the same call (rotation tables, masks), by name.
     """
 
@@ -26,6 +27,7 @@ class Context:
     domains: Tensor | None = None
     causal: bool = True
     state: Any = None
+    whole: "Context | None" = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:

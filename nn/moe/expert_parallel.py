@@ -15,24 +15,7 @@ from nn.linear import cast_once
 from nn.moe.experts import Experts
 from nn.moe.moe import MoE
 from nn.moe.routing import counts_of
-
-
-class AllToAll(torch.autograd.Function):
-    """Rows to other processes: `send` and `receive` say how many to and from each. Its backward pass sends them back."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
-        ctx.sizes = send, receive, group
-        y = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.sizes
-        dx = dy.new_empty(sum(send), *dy.shape[1:])
-        dist.all_to_all_single(dx, dy.contiguous(), send, receive, group=group)
-        return dx, None, None, None
+from nn.parallel.collectives import exchange
 
 
 class ParallelExperts(nn.Module):
@@ -72,7 +55,7 @@ class ParallelExperts(nn.Module):
 
     def travel(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         self.sent_bytes += (sum(send) - send[self.rank]) * rows.shape[1] * rows.element_size()
-        return AllToAll.apply(rows, send, receive, self.group)
+        return exchange(rows, send, receive, self.group)
 
 
 def share_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:

@@ -1,0 +1,79 @@
+"""Collective operations that gradients pass through. The backward pass of each is its transpose.
+
+    gather          parts of all ranks, one behind the other      backward: scatter_sum
+    scatter_sum     the sum over ranks, of which each gets a part  backward: gather
+    exchange        rows to other ranks, rows from them            backward: back again
+
+With P ranks, a rank sends (P - 1) / P of the whole in the first two, and of its own rows in the third.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        return gathered(x, group)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return summed_parts(dy, ctx.group), None
+
+
+class ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group) -> Tensor:
+        ctx.group = group
+        return summed_parts(x, group)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return gathered(dy, ctx.group), None
+
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
+        ctx.sizes = send, receive, group
+        return exchanged(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.sizes
+        return exchanged(dy, receive, send, group), None, None, None
+
+
+def gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+    """x of every rank, one behind the other along `dim`: n numbers there become P n."""
+    return Gather.apply(x.movedim(dim, 0), group).movedim(0, dim)
+
+
+def scatter_sum(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+    """The P-th part along `dim` of the sum of all ranks' x."""
+    return ScatterSum.apply(x.movedim(dim, 0), group).movedim(0, dim)
+
+
+def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The first send[0] rows of x to rank 0, the next to rank 1, …; receive[p] rows from rank p, in the order of ranks."""
+    return Exchange.apply(x, send, receive, group)
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    y = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(y, x.contiguous(), group=group)
+    return y
+
+
+def summed_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    y = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    dist.reduce_scatter_tensor(y, x.contiguous(), group=group)
+    return y
+
+
+def exchanged(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    y = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
+    return y
