@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, load, load_tokenizer, training_documents, windows
 from models import Config, LanguageModel, build_model
 from models.auxiliary import after_step
+from models.backprop import BACKPROPS
 from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
 from models.config import Parser, add_flags
 from models.describe import forward_flops
@@ -44,8 +45,8 @@ from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, spli
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
-            "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
-            "task": TASKS}  # fmt: skip
+            "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "backprop": BACKPROPS, "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES, "task": TASKS}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

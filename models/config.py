@@ -62,6 +62,8 @@ class Config:
                                "what moves head, embeddings and vectors")
     embedding_lr: float = flag("training", 0.02, "learning rate of the embeddings")
     schedule: str = flag("training", "wsd:warmup=0:decay=0.5", "learning rate over the run: cosine, linear, wsd, rsqrt")
+    backprop: str = flag("training", "plain",
+                         "what is kept for the backward pass: plain, checkpoint, selective, stream:chunks=8")
     clip: float = flag("training", 0.0, "largest norm of the gradient (0: no limit)")
     packed: bool = flag("training", False, "tokens attend only within their own document")
     seed: int = flag("training", 0, "of weights and batches")

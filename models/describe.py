@@ -1,22 +1,29 @@
-"""What a model costs before it is built: parameters by part, FLOPs, decoding state, activation memory.
+"""What a model costs before it is built: parameters by part, FLOPs, decoding state, activation memory; and on many ranks.
 
     python -m models.describe --model gpt2 --seq-len 512
+    python -m models.describe --model llama-70b --mesh "fsdp=64,tp=8" --seq-len 8192
 
 Counted on the meta device, so that 8B parameters need no memory. FLOPs are those of matrix products, a multiplication and
 an addition each 1, as Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B) count them: attention over the whole
 square of queries and keys, although a causal kernel may skip half.
 """
 
+import math
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from models.config import Config, Parser, add_flags
+from models.hardware import HARDWARE, predict
 from models.language_model import LanguageModel
+from models.plan import Run, plan
 from nn.moe.experts import StackedLinear
 from nn.monarch import MonarchLinear
 from nn.objective.next_token import BIAS_COLUMNS
+from optim.parallel.mesh import parse_mesh
 
 
 def parameters(model: LanguageModel) -> dict[str, int]:
@@ -45,12 +52,17 @@ def active(model: LanguageModel) -> int:
     return sum(p.numel() for p in model.parameters()) - idle
 
 
-def forward_flops(model: LanguageModel, seq_len: int) -> int:
-    """FLOPs of one sequence's forward pass."""
-    modules = [*model.stack.modules(), *model.transform.modules(), model.head]
+def linear_flops(modules: Iterable[nn.Module]) -> int:
+    """FLOPs of a token's products with the weights of these modules, each looked at by itself."""
+    modules = list(modules)
     linear = sum(2 * m.weight.numel() for m in modules if isinstance(m, nn.Linear))
     linear += sum(2 * m.uses * m.in_features * m.out_features for m in modules if isinstance(m, StackedLinear))
-    linear += sum(2 * (m.first.numel() + m.second.numel()) for m in modules if isinstance(m, MonarchLinear))
+    return linear + sum(2 * (m.first.numel() + m.second.numel()) for m in modules if isinstance(m, MonarchLinear))
+
+
+def forward_flops(model: LanguageModel, seq_len: int) -> int:
+    """FLOPs of one sequence's forward pass."""
+    linear = linear_flops([*model.stack.modules(), *model.transform.modules(), model.head])
     mixing = sum(s.layer.mixing_flops(seq_len, seq_len) for s in model.stack if s.is_mixer)
     return linear * seq_len + mixing
 
@@ -66,23 +78,35 @@ def state_bytes(model: LanguageModel, seq_len: int, dtype: torch.dtype) -> int:
     return sum(s.layer.state_bytes(1, seq_len, dtype) for s in model.stack if s.is_mixer)
 
 
-def activation_bytes(config: Config, seq_len: int, dtype: torch.dtype) -> int:
-    """Bytes that the forward pass of one sequence keeps for the backward pass, parameters not counted."""
+def kept_bytes(config: Config, seq_len: int, dtype: torch.dtype) -> list[int]:
+    """Bytes that each sublayer of the stack keeps for a plain backward pass of one sequence, and last what is not of the stack.
+
+    A storage counts where it is kept first; parameters do not count.
+    """
     with torch.device("meta"):
-        model = LanguageModel(config).to(dtype)
+        model = LanguageModel(replace(config, backprop="plain")).to(dtype)
         tokens = torch.zeros(1, seq_len, dtype=torch.int64)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
+    kept, counts, place = {}, [0] * (len(model.stack) + 1), [-1]
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in own and storage._cdata not in kept:
             kept[storage._cdata] = storage  # held, so that no other storage gets its address
+            counts[place[0]] += storage.nbytes()
         return tensor
 
+    for number, sublayer in enumerate(model.stack):
+        sublayer.register_forward_pre_hook(lambda *_, number=number: place.__setitem__(0, number))
+        sublayer.register_forward_hook(lambda *_: place.__setitem__(0, -1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens)
-    return sum(storage.nbytes() for storage in kept.values())
+    return counts
+
+
+def activation_bytes(config: Config, seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes that the forward pass of one sequence keeps for the backward pass, parameters not counted."""
+    return sum(kept_bytes(config, seq_len, dtype))
 
 
 def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -109,11 +133,53 @@ def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
     ])  # fmt: skip
 
 
+def add_plan_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("plan", "what a training run on a mesh of ranks would need")
+    group.add_argument("--mesh", metavar="…", help="how ranks share the work: fsdp=64,tp=8")
+    group.add_argument("--rows", type=int, metavar="N", default=1, help="sequences of a micro-batch of a rank [1]")
+    group.add_argument("--micro-batches", type=int, metavar="N", default=1, help="micro-batches a step [1]")
+    group.add_argument("--zero", type=int, metavar="N", default=0, help="what copies share out, ZeRO's stage 0 to 3 [0]")
+    group.add_argument("--hardware", choices=tuple(HARDWARE), help="one kind alone")
+
+
+def planned(config: Config, mesh: str, rows: int, micro_batches: int, zero: int, hardware: str | None) -> str:
+    """The table of a plan: the fullest stage's memory and messages, and what each kind of hardware could make of it.
+
+    ValueError for what the mesh cannot share out, and for a `backprop` other than plain and checkpoint.
+    """
+    from models.parts import parts_of  # which counts with what stands above
+
+    if config.backprop not in ("plain", "checkpoint"):
+        raise ValueError(f"backprop: a plan counts what plain or checkpoint keeps, not {config.backprop!r}")
+    sizes = parse_mesh(mesh)
+    run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop == "checkpoint")
+    parts = parts_of(config, sizes)
+    stages = plan(parts, run)
+    fullest = max(stages, key=lambda stage: sum(stage.bytes.values()))
+    together, sequences = sum(fullest.bytes.values()), rows * micro_batches * sizes["dp"] * sizes["ep"] * sizes["fsdp"]
+    named = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one rank"
+    lines = [f"{named}: {math.prod(sizes.values()):,} ranks, a step of {sequences:,} x {config.seq_len:,} tokens", ""]
+    memory = fullest.bytes | {"together": together}
+    lines += [f"{name:28}{size:>18,.0f} bytes a rank" for name, size in memory.items()]
+    lines += ["", *(f"{name:28}{size:>18,.0f} bytes sent a step" for name, size in fullest.sent.items())]
+    lines += [""] if fullest.sent else []
+    for name in [hardware] if hardware else HARDWARE:
+        time, share = predict(parts, run, HARDWARE[name])
+        fits = "fits" if together <= HARDWARE[name].memory else f"does not fit into {HARDWARE[name].memory / 1e9:.0f} GB"
+        lines.append(f"{name:28}{share:>17.1%} of its FLOPs at most, {time:.3g} s a step; {fits}")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m models.describe", description=__doc__.splitlines()[0])
     add_flags(parser)
+    add_plan_flags(parser)
+    given = vars(parser.parse_args(argv))
+    options = {name: given.pop(name) for name in ("mesh", "rows", "micro_batches", "zero", "hardware")}
     try:
-        print(describe(Config.of(**vars(parser.parse_args(argv)))))
+        config = Config.of(**given)
+        text = describe(config)
+        print(text if options["mesh"] is None else f"{text}\n\n{planned(config, **options)}")
     except ValueError as error:
         print(f"describe: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """The language model: embeddings, a stack of residual sublayers, a final norm, a head."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.auxiliary import auxiliary_loss
+from models.backprop import Plain, backprop
 from models.config import Config
 from models.heads import HEADS
 from models.residual import Residual, ends_normed, make_sublayer
@@ -43,6 +44,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        backprop(config.backprop)  # a mistake in it is told now
         dim, vocab_size = config.dim, config.vocab_size
         self.sequences: list[Sequence] = []  # how processes share the positions of a row: models.parallel puts them here
         self.causal = build(config.objective, OBJECTIVES, "objective").causal
@@ -95,15 +97,19 @@ class LanguageModel(nn.Module):
         logits and sum are those of this process's own.
         """
         x = self.hidden(tokens, documents=documents, domains=domains, state=state)
-        x = self.transform(self.final_norm(x[:, -1:] if last else x))
         if targets is not None:
-            for sequence in self.sequences:
-                targets = sequence.part(targets)
-            head = dict(bias=self.head.bias, softcap=self.config.softcap)
-            loss = next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
-            auxiliary = auxiliary_loss(self.stack, partial(self.costs, x.detach(), targets))
-            return loss if auxiliary is None else loss + (targets >= 0).sum() * (auxiliary - auxiliary.detach())
-        return self.logits(x)
+            return self.loss(x, targets)
+        return self.logits(self.transform(self.final_norm(x[:, -1:] if last else x)))
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The sum of -log p(target), a scalar, of the stream x behind the last sublayer, with gradients of auxiliary losses."""
+        x = self.transform(self.final_norm(x))
+        for sequence in self.sequences:
+            targets = sequence.part(targets)
+        head = dict(bias=self.head.bias, softcap=self.config.softcap)
+        loss = next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
+        auxiliary = auxiliary_loss(self.stack, partial(self.costs, x.detach(), targets))
+        return loss if auxiliary is None else loss + (targets >= 0).sum() * (auxiliary - auxiliary.detach())
 
     @torch.no_grad()
     def costs(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -119,29 +125,37 @@ class LanguageModel(nn.Module):
         state: DecodingState | None = None,
     ) -> Tensor:
         """The residual stream (B, T, C) behind the last sublayer."""
-        context = replace(self.context(tokens, documents, state), domains=domains)
-        for sequence in self.sequences:
-            context = sequence.share(context)
-        x = self.embedding(context.tokens)  # (B, T, C)
-        x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
-        x = self.embedding_norm(x)
+        context = self.context(tokens, documents, state, domains)
+        x = self.embedded(context)
+        through = backprop(self.config.backprop) if torch.is_grad_enabled() and state is None else Plain()
         for i, sublayer in enumerate(self.stack):
             context.state = state.sublayers[i] if state is not None else None
-            x = sublayer(x, context)
+            x = through(sublayer, x, context)
         if state is not None:
             state.length += tokens.shape[1]
         return x
+
+    def embedded(self, context: Context) -> Tensor:
+        """The residual stream (B, T, C) before the first sublayer."""
+        x = self.embedding(context.tokens)
+        x = self.position.embed(x if self.config.embedding_scale == 1 else x * self.config.embedding_scale, context)
+        return self.embedding_norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, V) of what the head reads, (…, C)."""
         logits = self.head(x)
         return logits if not self.config.softcap else self.config.softcap * torch.tanh(logits / self.config.softcap)
 
-    def context(self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None) -> Context:
+    def context(
+        self, tokens: Tensor, documents: Tensor | None, state: DecodingState | None, domains: Tensor | None = None
+    ) -> Context:
+        """Where these tokens stand; where processes share the positions of a row, of this process's own."""
         if documents is not None and state is not None:
             raise ValueError("documents: a decoding state remembers one document a row; give one or the other")
         if state is not None and not self.causal:
             raise ValueError("state: an encoder sees all tokens at once; it cannot go on from earlier ones")
+        if state is not None and self.sequences:
+            raise ValueError("state: processes that share the positions of a row read whole rows; decode with one process")
         start = state.length if state is not None else 0
         end = start + tokens.shape[1]
         if self.position.max_len is not None and end > self.position.max_len:
@@ -150,7 +164,10 @@ class LanguageModel(nn.Module):
         if documents is not None:
             begins = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
             positions = positions - torch.where(begins, positions, 0).cummax(dim=1).values
-        return Context(tokens, positions, documents, causal=self.causal)
+        context = Context(tokens, positions, documents, domains, causal=self.causal)
+        for sequence in self.sequences:
+            context = sequence.share(context)
+        return context
 
     def alternates(self, mixer: type | tuple[type, ...], ffn: type, norm: type, *, bare: bool = False) -> bool:
         """Whether the stack is layers of one kind of mixer, of ffn and of norm: what published families look like.

@@ -79,6 +79,7 @@ PRESETS: dict[str, dict] = {
     "llama-1b": _llama(16, 2048, 32, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
     "llama-3b": _llama(28, 3072, 24, 8, 8192, vocab_size=128256, seq_len=131072, tie=True, rope=STRETCHED),
     "llama-8b": _llama(32, 4096, 32, 8, 14336, vocab_size=128256, seq_len=8192, tie=False),
+    "llama-70b": _llama(80, 8192, 64, 8, 28672, vocab_size=128256, seq_len=8192, tie=False),
     "mamba": _mamba("mamba", 6, 256, vocab_size=4096, seq_len=256, init="fan_in"),
     "mamba-130m": _mamba("mamba", 24, 768, vocab_size=50280),
     "mamba-370m": _mamba("mamba", 48, 1024, vocab_size=50280),

@@ -9,14 +9,16 @@ state.py     optimizer state as tensors and JSON
 from .adamw import AdamW
 from .combined import Combined
 from .groups import by_parts, split_parameters
+from .lamb import Lamb
 from .muon import Muon
 from .schedule import SCHEDULES
 from .state import flatten_state, unflatten_state
 
 OPTIMIZERS = {
     "adamw": AdamW,
+    "lamb": Lamb,
     "muon": Muon,
 }
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Muon"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Lamb", "Muon"]
 __all__ += ["by_parts", "flatten_state", "split_parameters", "unflatten_state"]

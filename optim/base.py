@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .sharded import local
+
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raise a ValueError naming the argument, what would be right and what came, unless `condition` holds."""
@@ -29,7 +31,8 @@ class Optimizer(torch.optim.Optimizer):
     check(group): ValueError naming the first hyperparameter that is out of range (extends the one here).
     init_state(param): the state before the first step, tensors in `wide(param.dtype)`, ints and floats.
     update(group, params, grads, states): one step in place on one bucket of wide parameters with their wide gradients
-    (never written to) and states.
+    (never written to) and states. Of parameters that are cut among processes (DTensors) it gets this process's parts if
+    the class is `elementwise`, so that no number needs another; else the DTensors.
 
     Every group also gets `base_lr`, its learning rate at construction, so that a schedule can set
     `group["lr"] = group["base_lr"] * multiplier` before each step. Parameters whose gradient is None are left alone.
@@ -38,6 +41,7 @@ class Optimizer(torch.optim.Optimizer):
     float64 from its first state `{}`, whose keywords are keys of a group. The contract test holds the class to it.
     """
 
+    elementwise = True
     ndims: tuple[int, ...] | None = None  # numbers of axes a parameter may have; None: any
     exact: dict = {}  # keywords with which a step equals reference_step up to rounding in the parameter's own dtype
 
@@ -89,7 +93,14 @@ class Optimizer(torch.optim.Optimizer):
                     if not self.state[param]:
                         self.state[param].update(self.init_state(param))
                 widened = [p.to(dtype) for p in params]  # the parameter itself where it is wide already
-                self.update(group, widened, [p.grad.to(dtype) for p in params], [self.state[p] for p in params])
+                states = [self.state[p] for p in params]
+                if self.elementwise:
+                    parts = [{key: local(value) for key, value in state.items()} for state in states]
+                    self.update(group, [local(p) for p in widened], [local(p.grad).to(dtype) for p in params], parts)
+                    for state, part in zip(states, parts, strict=True):
+                        state.update((key, value) for key, value in part.items() if not isinstance(value, Tensor))
+                else:
+                    self.update(group, widened, [p.grad.to(dtype) for p in params], states)
                 for param, result in zip(params, widened, strict=True):
                     if result is not param:
                         param.copy_(result)

@@ -20,6 +20,7 @@ from kernels.newton_schulz import newton_schulz
 from kernels.newton_schulz import reference as orthogonalised
 
 from .base import Optimizer, require, wide
+from .sharded import local, part, whole
 
 SCALES = {
     "spectral": lambda rows, columns: math.sqrt(max(1, rows / max(1, columns))),  # RMS gain alike in all shapes
@@ -48,6 +49,7 @@ class Muon(Optimizer):
     Raises ValueError naming the argument that is out of range, or a parameter that is no matrix: give those to AdamW.
     """
 
+    elementwise = False
     ndims = (2, 3)
     exact = {"dtype": "float64"}
 
@@ -91,13 +93,14 @@ class Muon(Optimizer):
 
     def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         lr, momentum, dtype = group["lr"], group["momentum"], getattr(torch, group["dtype"])
-        means = [state["mean"] for state in states]
+        grads, means = [local(grad) for grad in grads], [local(state["mean"]) for state in states]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         steps = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        steps, parts = torch.stack(steps), list(group["parts"]) or [params[0].shape[-2]]
-        for place, part in enumerate(steps.split(parts, -2)):
-            begin, rows = sum(parts[:place]), parts[place]
-            size = lr * SCALES[group["scale"]](rows, part.shape[-1])
-            for param, step in zip(params, newton_schulz(part, group["ns_steps"], dtype), strict=True):
-                param.narrow(-2, begin, rows).add_(step, alpha=-size)
+        torch._foreach_mul_([local(param) for param in params], 1 - lr * group["weight_decay"])
+        steps = torch.stack([whole(step, like=param) for step, param in zip(steps, params, strict=True)])
+        parts = list(group["parts"]) or [params[0].shape[-2]]
+        for place, rows in enumerate(steps.split(parts, -2)):
+            size = lr * SCALES[group["scale"]](*rows.shape[-2:])
+            steps.narrow(-2, sum(parts[:place]), parts[place]).copy_(newton_schulz(rows, group["ns_steps"], dtype).mul_(-size))
+        for param, step in zip(params, steps, strict=True):
+            local(param).add_(part(step, like=param))

@@ -28,6 +28,10 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(rows, dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.table(self.rows_of(context))
+
+    def rows_of(self, context: Context) -> Tensor:
+        """(B, T) int64: which row of the table the n-gram has that ends at each token."""
         tokens, length = context.tokens, context.tokens.shape[1]
         if context.state is None:
             earlier = tokens.new_full((tokens.shape[0], self.n - 1), NONE)
@@ -40,7 +44,7 @@ class NgramEmbedding(nn.Module):
         for back in range(1, self.n):
             before = history[:, self.n - 1 - back :][:, :length]  # the token `back` places earlier
             code = code * MULTIPLIER + torch.where(context.positions >= back, before, NONE)
-        return self.table(code % self.rows)
+        return code % self.rows
 
     def init_state(self, batch: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"):
         return RecentTokens(torch.full((batch, self.n - 1), NONE, device=device))

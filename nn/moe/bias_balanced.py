@@ -19,8 +19,11 @@ class BiasBalanced(Router):
         after each step    b_e += rate sign(mean load - load_e)
 
     The bias decides who is chosen and never weighs. With `groups` > 1 the experts stand in groups, of which the `top_groups`
-    whose two best have the largest sum are left to choose from: so a token goes to few machines. `after_step` moves the bias.
+    whose two best have the largest sum are left to choose from: so a token goes to few machines. `after_step` moves the bias
+    by the loads of all processes, or of those of `counted_over`.
     """
+
+    counted_over: torch.distributed.ProcessGroup | None = None
 
     def __init__(
         self,
@@ -74,6 +77,6 @@ class BiasBalanced(Router):
         if self.counts is None:
             return
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
+            torch.distributed.all_reduce(self.counts, group=self.counted_over)
         counts, self.counts = self.counts.to(self.bias.dtype), None
         self.bias += self.rate * (counts.mean() - counts).sign()

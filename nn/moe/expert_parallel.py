@@ -10,6 +10,9 @@ Gale et al. 2022, "MegaBlocks" (arXiv:2211.15841).
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.func import functional_call
 
 from nn.linear import cast_once
 from nn.moe.experts import Experts
@@ -18,27 +21,27 @@ from nn.moe.routing import counts_of
 from nn.parallel.collectives import exchange
 
 
-class ParallelExperts(nn.Module):
+class ParallelExperts:
     """The experts of one process, used by the tokens of all: what `Experts` computes, from and for each process's own tokens.
 
-    `own` holds experts rank E / W and the following; their gradients are sums over the tokens of all processes.
-    `sent_bytes` counts what this process has sent to others in forward passes. ValueError where E does not divide by W.
+    Of the stacks (E, out, in) rank r of the W in the mesh keeps the experts r E / W and the following; their gradients are sums
+    over the tokens of all processes. `sent_bytes` counts what this process has sent to others in forward passes.
+    ValueError where E does not divide by W.
     """
 
-    def __init__(self, experts: Experts, group: dist.ProcessGroup | None = None):
-        super().__init__()
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        if experts.experts % world:
-            raise ValueError(f"experts: {experts.experts} cannot be shared among {world} processes evenly")
-        self.experts, self.group, self.rank, self.world = experts.experts, group, rank, world
-        share = experts.experts // world
+    def __init__(self, experts: Experts, mesh: DeviceMesh):
+        self.experts, self.group = experts.experts, mesh.get_group()
+        self.rank, self.world = mesh.get_local_rank(), mesh.size()
+        if experts.experts % self.world:
+            raise ValueError(f"experts: {experts.experts} cannot be shared among {self.world} processes evenly")
         for layer in (experts.gate, experts.up, experts.down):
             if layer is not None:
-                layer.weight = nn.Parameter(layer.weight.detach()[rank * share : (rank + 1) * share].clone())
-        experts.experts = share
+                share = distribute_tensor(layer.weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+                layer.weight = nn.Parameter(share, requires_grad=layer.weight.requires_grad)
+        experts.experts //= self.world
         self.own, self.sent_bytes = experts, 0
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""
         K, x = experts.shape[1], cast_once(x)
         order = experts.flatten().argsort(stable=True)
@@ -49,7 +52,8 @@ class ParallelExperts(nn.Module):
         order = order[: sum(send)]  # those without an expert stay
         rows = self.travel(x[order // K], send, receive)
         here = torch.arange(self.own.experts, device=x.device).repeat(self.world).repeat_interleave(arriving.flatten())
-        y = self.own(rows, here[:, None], weights.new_ones(len(rows), 1))
+        own = {name: parameter.to_local() for name, parameter in self.own.named_parameters()}
+        y = functional_call(self.own, own, (rows, here[:, None], weights.new_ones(len(rows), 1)))
         y = self.travel(y, receive, send) * weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, order // K, y.to(x.dtype))
 
@@ -58,8 +62,8 @@ class ParallelExperts(nn.Module):
         return exchange(rows, send, receive, self.group)
 
 
-def share_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """In place: every mixture of the model keeps the experts of this process only."""
+def share_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """In place: every mixture of the model keeps the experts of this process only, a mesh of one axis having the others."""
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = ParallelExperts(module.experts, group)
+            module.dispatch = ParallelExperts(module.experts, mesh)

@@ -52,7 +52,11 @@ class Balance:
     global     the same parts of all processes together; one all-reduce of E numbers
     buffer     all parts of the step so far, of all processes: with accumulated gradients near the whole batch. `after_step`
                empties it
+
+    `counted_over`: the processes that "all" are; None for all of them.
     """
+
+    counted_over: torch.distributed.ProcessGroup | None = None
 
     def __init__(self, scope: str, experts: int):
         self.scope, self.experts, self.buffer = scope, experts, None
@@ -65,7 +69,7 @@ class Balance:
             return balance(shares_of(counts), scores.unflatten(0, (sequences, -1)))
         counts = counts_of(experts, self.experts)
         if self.scope in ("global", "buffer") and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(counts, group=self.counted_over)
         if self.scope == "buffer":
             counts = self.buffer = counts if self.buffer is None else self.buffer + counts
         return balance(shares_of(counts), scores)

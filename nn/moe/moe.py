@@ -126,8 +126,12 @@ class MoE(nn.Module):
         experts, weights, read = routing.experts, routing.weights * self.scaling, flat
         if self.vectors is not None:
             read, experts, weights = modulated(flat, experts, weights, self.vectors, self.main)
-        y = self.experts(read, experts, weights)
+        y = self.dispatch(read, experts, weights)
         return (y if self.shared is None else y + self.of_all(flat)).to(x.dtype).view_as(x)
+
+    def dispatch(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """(N, dim): what the chosen experts (N, K) say of x (N, dim), weighted. Expert parallelism takes its place."""
+        return self.experts(x, experts, weights)
 
     def of_all(self, x: Tensor) -> Tensor:
         """(N, dim): what the shared experts say."""

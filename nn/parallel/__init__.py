@@ -2,4 +2,7 @@
 
 collectives.py  gather, reduce-scatter and all-to-all that gradients pass through
 sequence.py     the positions of a row, shared out
+ulysses.py      within attention, heads instead of positions
+ring.py         keys and values that go round
+mixers.py       share_sequence, and what becomes of each kind of mixer
 """

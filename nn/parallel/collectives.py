@@ -4,12 +4,18 @@
     scatter_sum     the sum over ranks, of which each gets a part  backward: gather
     exchange        rows to other ranks, rows from them            backward: back again
 
-With P ranks, a rank sends (P - 1) / P of the whole in the first two, and of its own rows in the third.
+With P ranks, a rank sends (P - 1) / P of the whole in the first two, and of its own rows in the third. `Passing` is without a
+gradient: a tensor goes to one rank while another comes. `sent` counts the bytes that this process has sent to others.
 """
+
+import math
+from collections import Counter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+sent: Counter[str] = Counter()  # by the name of the operation, both passes together
 
 
 class Gather(torch.autograd.Function):
@@ -63,17 +69,35 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.Process
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    sent["gather"] += x.nbytes * (dist.get_world_size(group) - 1)
     dist.all_gather_into_tensor(y, x.contiguous(), group=group)
     return y
 
 
 def summed_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    sent["scatter_sum"] += x.nbytes - y.nbytes
     dist.reduce_scatter_tensor(y, x.contiguous(), group=group)
     return y
 
 
 def exchanged(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(sum(receive), *x.shape[1:])
+    sent["exchange"] += (sum(send) - send[dist.get_rank(group)]) * math.prod(x.shape[1:]) * x.element_size()
     dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
     return y
+
+
+class Passing:
+    """x on its way to the rank `to` of a group while a tensor of the same shape is on its way here from the rank `origin`."""
+
+    def __init__(self, x: Tensor, to: int, origin: int, group: dist.ProcessGroup):
+        self.leaving, self.coming = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        ways = (dist.isend, self.leaving, to), (dist.irecv, self.coming, origin)
+        self.works = dist.batch_isend_irecv([dist.P2POp(way, y, group=group, group_peer=rank) for way, y, rank in ways])
+        sent["pass"] += x.nbytes
+
+    def arrived(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.coming

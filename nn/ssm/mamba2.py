@@ -85,8 +85,12 @@ class Mamba2(StateSpace):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         refuse_encoder(context)
-        state, documents, G = context.state, context.documents, self.groups
         z, u, d = self.up(x).split([self.inner, self.mixed, self.heads], -1)  # (B, T, E), (B, T, E + 2 G N), (B, T, H)
+        return self.out(self.normed(glu(z, self.scan(u, d, context), activation="silu")))
+
+    def scan(self, u: Tensor, d: Tensor, context: Context) -> Tensor:
+        """(B, T, E): h_t C_t + D X_t, of X, B and C before the convolution, u (B, T, E + 2 G N), and d (B, T, H)."""
+        state, documents, G = context.state, context.documents, self.groups
         before, h = (None, None) if state is None else (state.inputs.to(u.dtype), state.h)
         u, last = causal_conv1d(u, self.taps, self.taps_bias, activation="silu", initial_state=before, documents=documents)
         X, B, C = u.split([self.inner, G * self.state, G * self.state], -1)
@@ -98,9 +102,13 @@ class Mamba2(StateSpace):
         y, h = ssd(X, d, negative_exp(self.A_log), B, C, self.D, initial_state=h, documents=documents, **options)
         if state is not None:
             state.update(last, h)
-        y = glu(z, y.flatten(2), activation="silu").unflatten(-1, (G, -1))  # (B, T, G, E / G)
-        y = rms_norm(y, eps=self.eps).flatten(2) * self.gain if G > 1 else rms_norm(y.flatten(2), self.gain, eps=self.eps)
-        return self.out(y)
+        return y.flatten(2)
+
+    def normed(self, y: Tensor) -> Tensor:
+        """(B, T, E), the channels of each group with a root mean square of 1, times the gain."""
+        if self.groups == 1:
+            return rms_norm(y, self.gain, eps=self.eps)
+        return rms_norm(y.unflatten(-1, (self.groups, -1)), eps=self.eps).flatten(2) * self.gain
 
     def state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.conv - 1, self.mixed), (batch, self.heads, self.head_dim, self.state)

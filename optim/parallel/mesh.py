@@ -7,19 +7,16 @@ Ranks count through the axes in the order of AXES, the last one fastest: what ta
 
 import math
 
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 AXES = {
     "pp": "pipeline: each rank has a part of the layers",
     "dp": "data: each rank has all of the model and its own rows",
+    "ep": "data, each rank keeping a share of the experts",
     "fsdp": "data, each rank keeping a share of every weight, gradient and optimizer state",
     "ring": "each rank has a share of the positions of a row, keys and values going round",
     "ulysses": "each rank has a share of the positions and, within attention, of the heads",
-    "ep": "data, each rank keeping a share of the experts",
     "tp": "each rank has a share of the heads and of the ffns' neurons, and of the positions between them",
 }
-ROWS = ("dp", "fsdp", "ep")  # axes whose ranks read rows of their own; along the others they read the same
+ROWS = ("dp", "ep", "fsdp")  # axes whose ranks read rows of their own; along the others they read the same
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -48,22 +45,3 @@ def sizes_of(text: str, world: int) -> dict[str, int]:
         needed, there = math.prod(sizes.values()), "is 1" if world == 1 else f"are {world}"
         raise ValueError(f"mesh: {named} needs {needed} processes, but there {there}; torchrun --nproc-per-node says how many")
     return sizes
-
-
-def make_mesh(sizes: dict[str, int], device_type: str) -> DeviceMesh:
-    """A mesh with a dimension for each axis, also those of size 1."""
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-
-def rows_of(mesh: DeviceMesh) -> tuple[int, int]:
-    """(which share of a batch's rows this process reads, how many shares there are)."""
-    index, count = 0, 1
-    for name in ROWS:
-        size = mesh[name].size()
-        index, count = index * size + mesh.get_local_rank(name), count * size
-    return index, count
-
-
-def group_of(mesh: DeviceMesh, *names: str) -> dist.ProcessGroup:
-    """The processes that differ from this one along these axes only."""
-    return mesh[names[0]].get_group() if len(names) == 1 else mesh[names]._flatten().get_group()

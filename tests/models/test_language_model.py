@@ -23,6 +23,7 @@ PUBLISHED = {
     "llama-1b": 1_235_814_400,
     "llama-3b": 3_212_749_824,
     "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
 }
 TINY = dict(vocab_size=31, dim=16, heads=2, depth=2, seq_len=12)
 

@@ -1,4 +1,4 @@
-"""The contract of every optimizer, by discovery; then what AdamW and Muon are held to by name."""
+"""The contract of every optimizer, by discovery; then what AdamW, LAMB and Muon are held to by name."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.newton_schulz import newton_schulz
-from optim import OPTIMIZERS, AdamW, Muon, flatten_state, unflatten_state
+from optim import OPTIMIZERS, AdamW, Lamb, Muon, flatten_state, unflatten_state
 
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 SHAPES = [(3, 5), (8, 8), (7, 2), (1, 6), (3, 5), (5, 3), (0, 4), (2, 5, 3), (), (11,)]
@@ -210,13 +210,14 @@ def test_a_state_that_does_not_fit_changes_nothing(optimizer):
         assert flatten_state(built.state_dict())[1] == flatten_state(good)[1]
 
 
-def test_adamw_names_bad_betas_and_eps():
+@pytest.mark.parametrize("optimizer", [AdamW, Lamb])
+def test_adamw_and_lamb_name_bad_betas_and_eps(optimizer):
     param = torch.nn.Parameter(torch.zeros(3))
     for bad in ((1.0, 0.9), (0.9, -0.1), (0.9,), 0.9):
         with pytest.raises(ValueError, match="^betas must"):
-            AdamW([param], betas=bad)
+            optimizer([param], betas=bad)
     with pytest.raises(ValueError, match="^eps must"):
-        AdamW([param], eps=-1e-8)
+        optimizer([param], eps=-1e-8)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -244,6 +245,34 @@ def test_adamw_equals_itself_when_parameters_are_updated_together_as_on_a_gpu(mo
     run(built, together[::2], 3)
     run(built, together, 3, start=3)
     assert_equal(ours, together)
+
+
+def test_lamb_steps_as_torch_adam_does_and_as_far_as_the_parameter_is_large():
+    hyper, lr, decay = dict(betas=(0.8, 0.97), eps=1e-6), 0.02, 0.3
+    params, others = make_params(Lamb, torch.float64), [torch.nn.Parameter(p * 0) for p in make_params(Lamb, torch.float64)]
+    lamb, adam = Lamb(params, lr=lr, weight_decay=decay, **hyper), torch.optim.Adam(others, lr=1.0, **hyper)
+    for step in range(10):
+        before = [p.detach().clone() for p in params]
+        for other in others:
+            other.data.zero_()  # its step does not depend on where it stands
+        run(lamb, params, 1, start=step)
+        run(adam, others, 1, start=step)
+        for param, old, other in zip(params, before, others, strict=True):
+            step_of_adam = -other.detach() + decay * old
+            expected = old - lr * step_of_adam * (old.norm() / step_of_adam.norm() if old.numel() else 1)
+            torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close((param.detach() - old).norm(), lr * old.norm(), rtol=1e-10, atol=0)
+
+
+def test_lamb_trusts_the_step_where_a_norm_is_zero():
+    """A parameter of zeros moves as Adam would move it; one without gradient and decay stays, and nothing is divided by 0."""
+    params = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.zeros(4))]
+    built = Lamb(params, lr=0.25, weight_decay=0.0)
+    for param, grad in zip(params, (3.0, 0.0, 0.0), strict=True):
+        param.grad = torch.full((4,), grad)
+    built.step()
+    torch.testing.assert_close(params[0].detach(), torch.full((4,), -0.25), rtol=1e-5, atol=0)
+    assert torch.equal(params[1], torch.ones(4)) and torch.equal(params[2], torch.zeros(4))
 
 
 def test_muon_names_bad_input():

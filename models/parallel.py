@@ -1,0 +1,196 @@
+"""A model on a mesh of processes: every axis of optim/parallel/mesh.py put to work, the strategies one inside the other.
+
+Whatever the mesh, a step gives the gradients that one process would have found, so that nothing else of training changes.
+Within a process's rows: its positions (ring, ulysses, tp), its heads and neurons (tp), its experts (ep). Weights, gradients and
+optimizer state: whole, or a share each (fsdp), and of the matrices that tp or ep cut a share anyway.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from models.language_model import LanguageModel
+from models.pipeline import Pipeline
+from nn.moe.expert_parallel import share_experts
+from nn.parallel.mixers import share_sequence
+from nn.parallel.tensor import share_layers
+from optim.parallel.mesh import ROWS
+from optim.sharded import cuts, local, sum_of_squares
+
+WITH_EXPERTS = ("dp", "ring", "ulysses")  # axes that go together with ep
+
+
+class Spread:
+    """A model spread over the processes of a mesh, in place, and what then stands for its forward and backward passes.
+
+    sizes: of all axes, as `sizes_of` gives them; all 1: one process, for which nothing changes. At first each process has all
+    of the model. `rows`: (its share of a batch's rows, how many shares there are). `parts` of a step go through a `pipeline`;
+    `autocast()` is the context of forward passes. ValueError for what the mesh cannot share out.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        sizes: dict[str, int],
+        device_type: str = "cpu",
+        *,
+        forward: nn.Module | None = None,
+        pipeline: str = "1f1b",
+        parts: int = 1,
+        autocast: Callable = nullcontext,
+    ):
+        check(sizes)
+        self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
+        self.rows, self.pipeline = (0, 1), None
+        pp, dp, ep, fsdp, ring, ulysses, tp = (sizes[name] for name in ("pp", "dp", "ep", "fsdp", "ring", "ulysses", "tp"))
+        self.averaged = dp * ep * fsdp * ring * ulysses  # processes over which the engine takes the mean of gradients
+        if self.averaged * pp * tp == 1:
+            return
+        self.rows = place(dist.get_rank(), sizes, ROWS)
+        shape, names = (pp, dp * ep, fsdp * ring * ulysses, tp), ("pp", "copies", "shards", "tp")
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        self.stage, self.tensor, data = mesh["pp"], mesh["tp"], mesh["copies", "shards"]
+        self.same_layers = mesh_along(sizes, device_type, *(name for name in sizes if name != "pp")).get_group()
+        self.of_a_row = mesh_along(sizes, device_type, "pp", "ring", "ulysses", "tp").get_group()
+        if ring * ulysses > 1:
+            share_sequence(model, mesh_along(sizes, device_type, "ring", "ulysses").get_group(), ring=ring)
+        if ep > 1:
+            share_experts(model, mesh_along(sizes, device_type, "ep"))
+            self.same_experts = mesh_along(sizes, device_type, *WITH_EXPERTS).get_group()
+        if tp > 1:
+            share_layers(model, self.tensor)
+        for module in model.modules():  # statistics of routing are those of all who have the same layers
+            for part in (module, getattr(module, "balance_loss", None)):
+                if hasattr(part, "counted_over"):
+                    part.counted_over = self.same_layers
+        self.kept = {name for name, parameter in model.named_parameters() if cuts(parameter)}  # by tp or ep: none has all
+        shard = partial(sharded, mesh=data) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
+        if pp > 1:
+            self.pipeline = Pipeline(model, self.stage, pipeline, parts, shard or (lambda stage: stage), autocast)
+        elif shard:
+            shard(model)
+        elif self.averaged > 1:
+            self.forward = replicated(self.forward, self.kept)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model of this process has all its parameters, whole, and computes all positions."""
+        return all(size == 1 for name, size in self.sizes.items() if name != "dp")
+
+    def step(self, parts: list[tuple[Tensor, Tensor, Tensor | None]], scale: float) -> Tensor:
+        """Gradients of `scale` times the loss of all parts, (inputs, targets, documents) each, of all processes.
+
+        Its value here: the sum over all processes is the loss.
+        """
+        factor = scale * self.averaged
+        if self.pipeline:
+            inputs, targets, documents = zip(*parts, strict=True)
+            documents = None if documents[0] is None else torch.cat(documents)
+            total = self.pipeline.step(torch.cat(inputs), torch.cat(targets), documents, factor)
+        else:
+            total = torch.zeros((), device=parts[0][0].device)
+            for inputs, targets, documents in parts:
+                with self.autocast():
+                    loss = self.forward(inputs, targets, documents=documents) * factor
+                loss.backward()
+                total = total + loss.detach()
+        self.add_up()
+        return total / factor
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Add up what the engine's mean has left apart."""
+        grads = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        if self.sizes["tp"] > 1:
+            all_reduce([grad for name, grad in grads if name not in self.kept], self.tensor.get_group())
+        if self.sizes["ep"] > 1:
+            own = [grad for name, grad in grads if name in self.kept]
+            all_reduce(own, self.same_experts)
+            for grad in own:
+                local(grad).div_(self.averaged)
+        if self.pipeline:
+            self.pipeline.add_up(self.model)
+
+    @torch.no_grad()
+    def clip(self, largest: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `largest`; the norm before."""
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        counted_elsewhere = self.pipeline.counted_elsewhere if self.pipeline else ()
+        square = sum_of_squares([grad for name, grad in grads.items() if name not in counted_elsewhere])
+        if self.pipeline:
+            dist.all_reduce(square, group=self.stage.get_group())
+        norm = square.sqrt()
+        for grad in grads.values():
+            local(grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def judge(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+        """The loss of some rows, the same on all processes and for all of them."""
+        if self.pipeline:
+            loss = self.pipeline.judge(inputs, targets, documents)
+        else:
+            with self.autocast():
+                loss = self.model(inputs, targets, documents=documents)
+        if not self.is_whole:
+            dist.all_reduce(loss, group=self.of_a_row)
+        return loss
+
+
+def check(sizes: dict[str, int]) -> None:
+    """ValueError for axes that do not go together."""
+    others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in ("ep", *WITH_EXPERTS)]
+    if sizes["ep"] > 1 and others:
+        raise ValueError(f"mesh: ep goes together with {', '.join(WITH_EXPERTS)}, not with {', '.join(others)}")
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """ZeRO-3 by PyTorch's engine: each sublayer's parameters are gathered for its use and dropped behind it."""
+    for residual in model.stack.values() if isinstance(model.stack, nn.ModuleDict) else model.stack:
+        fully_shard(residual, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def replicated(model: nn.Module, apart: set[str]) -> nn.Module:
+    """Data parallelism by PyTorch's engine; parameters named in `apart` are not those of all processes."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
+    return DistributedDataParallel(model)
+
+
+def all_reduce(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """The sum over a group of each tensor's part here, in place, in one message a dtype."""
+    parts: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        parts.setdefault(tensor.dtype, []).append(local(tensor))
+    for same in parts.values():
+        flat = torch.cat([part.flatten() for part in same])
+        dist.all_reduce(flat, group=group)
+        for part, summed in zip(same, flat.split([part.numel() for part in same]), strict=True):
+            part.copy_(summed.view_as(part))
+
+
+def place(rank: int, sizes: dict[str, int], axes: tuple[str, ...]) -> tuple[int, int]:
+    """(a rank's place, how many places) in the product of some axes."""
+    at, count = 0, 1
+    for name, index in zip(sizes, np.unravel_index(rank, tuple(sizes.values())), strict=True):
+        if name in axes:
+            at, count = at * sizes[name] + int(index), count * sizes[name]
+    return at, count
+
+
+def mesh_along(sizes: dict[str, int], device_type: str, *names: str) -> DeviceMesh:
+    """A mesh of one axis: the processes that differ from this one along the named axes only."""
+    ranks = torch.arange(math.prod(sizes.values())).view(*sizes.values())
+    last = [list(sizes).index(name) for name in names]
+    first = [axis for axis in range(len(sizes)) if axis not in last]
+    ranks = ranks.permute(*first, *last).reshape(-1, math.prod(sizes[name] for name in names))
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("outside", "along"))["along"]
