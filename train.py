@@ -12,16 +12,26 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, load, load_tokenizer, training_documents, windows
 from models import Config, LanguageModel, build_model
 from models.auxiliary import after_step
 from models.backprop import BACKPROPS
-from models.checkpoint import MANIFEST, checkpoints, find, read_json, read_tensors, save, write_json, write_tensors
+from models.checkpoint import (
+    MANIFEST,
+    checkpoints,
+    find,
+    model_tensors,
+    read_json,
+    read_tensors,
+    save,
+    write_json,
+    write_tensors,
+)
 from models.config import Parser, add_flags
 from models.describe import forward_flops
 from models.distill import MATCHES, with_teacher
@@ -30,6 +40,8 @@ from models.heads import HEADS
 from models.learn_only import learn_only
 from models.log import Log, draw_curve
 from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
+from models.parallel import Spread
+from models.pipeline import PIPELINES
 from models.score import answered, bits_per_byte, posed, worked_example
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
@@ -39,14 +51,16 @@ from nn.init import INITS
 from nn.moe import ROUTERS
 from nn.norm import NORMS
 from nn.objective import OBJECTIVES
+from nn.parallel.mesh import share_of_rows, sizes_of
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
+from optim.parallel.whole_state import WholeState
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
             "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "backprop": BACKPROPS, "optimizer": OPTIMIZERS,
-            "schedule": SCHEDULES, "task": TASKS}  # fmt: skip
+            "schedule": SCHEDULES, "pipeline": PIPELINES, "task": TASKS}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,27 +101,29 @@ def main(argv: list[str] | None = None) -> int:
 def train(config: Config, resumed: Path | None) -> int:
     tune_cpu()
     rank, world = join_processes()
+    sizes = sizes_of(config.mesh, world)
+    share, shares = share_of_rows(rank, sizes)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
 
     # The batches: of text, with its tokenizer and its tokens, or of a task, with words of its own
     objective, task = build(config.objective, OBJECTIVES, "objective"), task_of(config.data)
-    rows, left = divmod(config.batch_size, world * config.accumulate)
+    rows, left = divmod(config.batch_size, shares * config.accumulate)
     if left:
-        raise ValueError(f"batch_size: {config.batch_size} does not divide into {world} processes x {config.accumulate} parts")
-    part_of_all = dict(batch_size=rows, seed=config.seed, rank=rank, world_size=world)
+        raise ValueError(f"batch_size: {config.batch_size} does not divide into {shares} shares x {config.accumulate} parts")
+    part_of_all = dict(batch_size=rows, seed=config.seed, rank=share, world_size=shares)
     if task:
         if config.seq_len != task.seq_len:
             raise ValueError(f"seq_len: {config.seq_len} was given, but a sequence of {config.data} has {task.seq_len} tokens")
         if not objective.causal:
             raise ValueError(f"objective: a task asks for answers of its own, not {config.objective!r}")
         loader, source, ids = TaskLoader(task, **part_of_all), f"rows of {task} without end", task.vocab_size
-        share = task.asked / task.seq_len  # of the positions that count
+        counting = task.asked / task.seq_len  # of the positions
     else:
         tokenizer, training, validation = open_text(config, resumed, rank, world)
         loader, source = Loader(training, seq_len=config.seq_len, **part_of_all), f"{len(training):,} training tokens"
-        ids, share = tokenizer.vocab_size, objective.share
+        ids, counting = tokenizer.vocab_size, objective.share
 
     # The model and what moves it
     run = resumed.parent if resumed else Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
@@ -124,44 +140,49 @@ def train(config: Config, resumed: Path | None) -> int:
         raise ValueError(f"{name}: it needs {needed} ids, the weights know only {config.vocab_size}")
     model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
     learn_only(model, config.only)
-    optimizer = build_optimizer(config, model)
+    flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
+    parameters = sum(p.numel() for p in model.parameters())
+    whole = WholeState(model, model_tensors, partial(build_optimizer, config))
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward = with_teacher(model, config)  # the model itself where there is none
     forward = torch.compile(forward) if config.compile else forward
-    if world > 1:  # a teacher's layers may leave some of the model's parameters out
-        forward = DistributedDataParallel(forward, find_unused_parameters=bool(config.teacher))
+    stages = dict(pipeline=config.pipeline, rows=rows * config.accumulate, parts=config.accumulate)
+    spread = Spread(model, sizes, device.type, forward=forward, autocast=partial(autocast, device, dtype), **stages)
+    optimizer = whole.after(spread)
 
     # Where the run stands, what a step costs, how a model is judged and saved
-    step, before = restore(resumed, optimizer, loader, scaler) if resumed else (0, 0.0)
+    step, before = restore(resumed, whole, loader, scaler) if resumed else (0, 0.0)
     if not config.steps and not config.minutes:
         raise ValueError("steps: give a number of --steps, or of --minutes")
     tokens_a_step = config.batch_size * config.seq_len
-    counted_a_step = tokens_a_step * share
-    flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
+    counted_a_step = tokens_a_step * counting
     peak = matmul_peak(device, dtype) * world
     log = Log(run, step, quiet=rank > 0)
-    log.say(f"{run}: {sum(p.numel() for p in model.parameters()):,} parameters, {source}, "
+    log.say(f"{run}: {parameters:,} parameters, {source}, "
             f"{config.dtype} on {world} x {device}, matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
 
     def evaluate(limit: int | None = None) -> dict[str, float]:
-        with autocast(device, dtype):
+        with spread.autocast():
             if task:
-                return answered(model, examples(task, batch_size=rows, limit=limit)) | dict(chance=task.chance)
+                rows_of_it = examples(task, batch_size=rows, limit=limit)
+                return answered(model, rows_of_it, logits_of=spread.logits) | dict(chance=task.chance)
             batches = windows(validation, batch_size=rows, seq_len=config.seq_len, limit=limit)
             batches = posed(batches, objective, ids)
-            return dict(bpb=bits_per_byte(model, batches, tokenizer.token_bytes, packed=config.packed))
+            return dict(bpb=bits_per_byte(spread.judge, batches, tokenizer.token_bytes, packed=config.packed, device=device))
 
     def save_all() -> Path:
+        weights, states = whole.weights(), whole.optimizer_state()
+
         def write(folder: Path) -> None:
-            save_model(model, folder)
+            save_model(model, folder, weights)
             if not task:
                 tokenizer.save(folder / "tokenizer")
-            tensors, tree = flatten_state(optimizer.state_dict())
+            tensors, tree = flatten_state(states)
             write_tensors(folder / "optimizer.safetensors", tensors)
             write_tensors(folder / "generators.safetensors", generators())
-            states = dict(loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree)
-            write_json(folder / "progress.json", dict(step=step, elapsed=elapsed, **states))
+            progress = dict(loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree)
+            write_json(folder / "progress.json", dict(step=step, elapsed=elapsed, **progress))
 
         return save(run, step, write, keep=config.keep) if rank == 0 else run
 
@@ -176,19 +197,16 @@ def train(config: Config, resumed: Path | None) -> int:
         if halted or done >= 1:
             break
         multiplier = schedule(min(1.0, done + half_a_step), **options)  # a schedule is asked for the middle of a step
-        for group in optimizer.param_groups:
+        for group in whole.param_groups:
             group["lr"] = group["base_lr"] * multiplier
 
-        total = torch.zeros((), device=device)
+        parts = []
         for part in range(config.accumulate):
             inputs, targets, documents = next(loader)
-            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, rank))
+            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, share))
             inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
-            with autocast(device, dtype):
-                loss = forward(inputs, targets, documents=documents if config.packed else None) * (world / counted_a_step)
-            scaler.scale(loss).backward()  # processes average their gradients: each loss is of the whole step
-            total += loss.detach() / world
-        loss = summed(total, world)
+            parts.append((inputs, targets, documents if config.packed else None))
+        loss = summed(spread.step(parts, scaler.get_scale() / counted_a_step), world) / counted_a_step
         if not math.isfinite(loss):
             log.close()
             release_signals()
@@ -197,7 +215,7 @@ def train(config: Config, resumed: Path | None) -> int:
             return 1
         if config.clip:
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            spread.clip(config.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -221,12 +239,15 @@ def train(config: Config, resumed: Path | None) -> int:
         log.close()
         log.say(f"stopped after step {step}; to go on: python train.py --resume {run}")
         return 128 + halted
-    if rank == 0:
+    if rank == 0 or not spread.is_whole:
         log.evaluation(step=step, elapsed=elapsed, **evaluate(), whole=True)
         log.close()
+    if rank == 0:
         draw_curve(run / "log.jsonl", run / "curve.png")
         log.say(f"saved {folder} and {run / 'curve.png'}" + ("; an example:" if task else "; a sample:\n" * model.causal))
-    if rank == 0 and task:
+    if rank == 0 and not spread.is_whole:
+        log.say(f"python eval.py sample {run}")
+    elif rank == 0 and task:
         with autocast(device, dtype):
             print(worked_example(model, next(examples(task, batch_size=1)), task.spell))
     elif rank == 0 and model.causal:
@@ -277,10 +298,10 @@ def generators() -> dict[str, torch.Tensor]:
     return states
 
 
-def restore(folder: Path, optimizer: Combined, loader: Loader | TaskLoader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
+def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
-    optimizer.load_state_dict(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))
+    whole.load_optimizer_state(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))
     loader.load_state_dict(progress["loader"])
     scaler.load_state_dict(progress["scaler"])
     states = read_tensors(folder / "generators.safetensors")

@@ -23,7 +23,7 @@ from models.plan import Run, plan
 from nn.moe.experts import StackedLinear
 from nn.monarch import MonarchLinear
 from nn.objective.next_token import BIAS_COLUMNS
-from optim.parallel.mesh import parse_mesh
+from nn.parallel.mesh import parse_mesh
 
 
 def parameters(model: LanguageModel) -> dict[str, int]:
@@ -134,25 +134,22 @@ def describe(config: Config, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 def add_plan_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("plan", "what a training run on a mesh of ranks would need")
-    group.add_argument("--mesh", metavar="…", help="how ranks share the work: fsdp=64,tp=8")
+    group = parser.add_argument_group("plan", "what a training run on the ranks of --mesh would need")
     group.add_argument("--rows", type=int, metavar="N", default=1, help="sequences of a micro-batch of a rank [1]")
     group.add_argument("--micro-batches", type=int, metavar="N", default=1, help="micro-batches a step [1]")
     group.add_argument("--zero", type=int, metavar="N", default=0, help="what copies share out, ZeRO's stage 0 to 3 [0]")
     group.add_argument("--hardware", choices=tuple(HARDWARE), help="one kind alone")
 
 
-def planned(config: Config, mesh: str, rows: int, micro_batches: int, zero: int, hardware: str | None) -> str:
+def planned(config: Config, rows: int, micro_batches: int, zero: int, hardware: str | None) -> str:
     """The table of a plan: the fullest stage's memory and messages, and what each kind of hardware could make of it.
 
-    ValueError for what the mesh cannot share out, and for a `backprop` other than plain and checkpoint.
+    ValueError for what the mesh cannot share out.
     """
     from models.parts import parts_of  # which counts with what stands above
 
-    if config.backprop not in ("plain", "checkpoint"):
-        raise ValueError(f"backprop: a plan counts what plain or checkpoint keeps, not {config.backprop!r}")
-    sizes = parse_mesh(mesh)
-    run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop == "checkpoint")
+    sizes = parse_mesh(config.mesh)
+    run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop.partition(":")[0])
     parts = parts_of(config, sizes)
     stages = plan(parts, run)
     fullest = max(stages, key=lambda stage: sum(stage.bytes.values()))
@@ -175,11 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     add_flags(parser)
     add_plan_flags(parser)
     given = vars(parser.parse_args(argv))
-    options = {name: given.pop(name) for name in ("mesh", "rows", "micro_batches", "zero", "hardware")}
+    options = {name: given.pop(name) for name in ("rows", "micro_batches", "zero", "hardware")}
     try:
         config = Config.of(**given)
         text = describe(config)
-        print(text if options["mesh"] is None else f"{text}\n\n{planned(config, **options)}")
+        print(f"{text}\n\n{planned(config, **options)}" if config.mesh else text)
     except ValueError as error:
         print(f"describe: {error}", file=sys.stderr)
         return 2

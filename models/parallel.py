@@ -1,4 +1,4 @@
-"""A model on a mesh of processes: every axis of optim/parallel/mesh.py put to work, the strategies one inside the other.
+"""A model on a mesh of processes: every axis of nn/parallel/mesh.py put to work, the strategies one inside the other.
 
 Whatever the mesh, a step gives the gradients that one process would have found, so that nothing else of training changes.
 Within a process's rows: its positions (ring, ulysses, tp), its heads and neurons (tp), its experts (ep). Weights, gradients and
@@ -10,21 +10,20 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.language_model import LanguageModel
 from models.pipeline import Pipeline
 from nn.moe.expert_parallel import share_experts
 from nn.parallel.mixers import share_sequence
+from nn.parallel.shares import cuts, local, sum_of_squares
 from nn.parallel.tensor import share_layers
-from optim.parallel.mesh import ROWS
-from optim.sharded import cuts, local, sum_of_squares
 
 WITH_EXPERTS = ("dp", "ring", "ulysses")  # axes that go together with ep
 
@@ -33,7 +32,7 @@ class Spread:
     """A model spread over the processes of a mesh, in place, and what then stands for its forward and backward passes.
 
     sizes: of all axes, as `sizes_of` gives them; all 1: one process, for which nothing changes. At first each process has all
-    of the model. `rows`: (its share of a batch's rows, how many shares there are). `parts` of a step go through a `pipeline`;
+    of the model. A process's `rows` of a step go through a `pipeline` in `parts`;
     `autocast()` is the context of forward passes. ValueError for what the mesh cannot share out.
     """
 
@@ -45,17 +44,19 @@ class Spread:
         *,
         forward: nn.Module | None = None,
         pipeline: str = "1f1b",
+        rows: int = 1,
         parts: int = 1,
         autocast: Callable = nullcontext,
     ):
-        check(sizes)
+        check(sizes, forward is not None and forward is not model)
         self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
-        self.rows, self.pipeline = (0, 1), None
+        self.rank, self.pipeline = 0, None
+        self.device = next(model.parameters()).device
         pp, dp, ep, fsdp, ring, ulysses, tp = (sizes[name] for name in ("pp", "dp", "ep", "fsdp", "ring", "ulysses", "tp"))
         self.averaged = dp * ep * fsdp * ring * ulysses  # processes over which the engine takes the mean of gradients
-        if self.averaged * pp * tp == 1:
+        if self.is_alone:
             return
-        self.rows = place(dist.get_rank(), sizes, ROWS)
+        self.rank = dist.get_rank()
         shape, names = (pp, dp * ep, fsdp * ring * ulysses, tp), ("pp", "copies", "shards", "tp")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
         self.stage, self.tensor, data = mesh["pp"], mesh["tp"], mesh["copies", "shards"]
@@ -75,11 +76,15 @@ class Spread:
         self.kept = {name for name, parameter in model.named_parameters() if cuts(parameter)}  # by tp or ep: none has all
         shard = partial(sharded, mesh=data) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
         if pp > 1:
-            self.pipeline = Pipeline(model, self.stage, pipeline, parts, shard or (lambda stage: stage), autocast)
+            self.pipeline = Pipeline(model, self.stage, pipeline, rows, parts, shard or (lambda stage: stage), autocast)
         elif shard:
             shard(model)
         elif self.averaged > 1:
-            self.forward = replicated(self.forward, self.kept)
+            self.forward = replicated(self.forward, self.kept, find_unused_parameters=self.forward is not model)
+
+    @property
+    def is_alone(self) -> bool:
+        return all(size == 1 for size in self.sizes.values())
 
     @property
     def is_whole(self) -> bool:
@@ -95,16 +100,16 @@ class Spread:
         if self.pipeline:
             inputs, targets, documents = zip(*parts, strict=True)
             documents = None if documents[0] is None else torch.cat(documents)
-            total = self.pipeline.step(torch.cat(inputs), torch.cat(targets), documents, factor)
+            total = self.pipeline.step(torch.cat(inputs), torch.cat(targets), documents, factor) / factor
         else:
             total = torch.zeros((), device=parts[0][0].device)
             for inputs, targets, documents in parts:
                 with self.autocast():
-                    loss = self.forward(inputs, targets, documents=documents) * factor
-                loss.backward()
+                    loss = self.forward(inputs, targets, documents=documents)
+                (loss * factor).backward()
                 total = total + loss.detach()
         self.add_up()
-        return total / factor
+        return total
 
     @torch.no_grad()
     def add_up(self) -> None:
@@ -133,9 +138,34 @@ class Spread:
             local(grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def gather(self, name: str, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The whole of what processes have of a parameter or buffer, or of what belongs to it, for all of them.
+
+        None where a pipeline's other stages have it.
+        """
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if self.pipeline:
+            holder = self.pipeline.holders[name]
+            here = self.stage.get_local_rank() == holder
+            value = value.contiguous() if here else torch.empty(shape, dtype=dtype, device=self.device)
+            dist.broadcast(value, group=self.stage.get_group(), group_src=holder)
+        return value
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, T, V) of rows (B, T) that are the same on all processes. ValueError in a pipeline."""
+        if self.pipeline:
+            raise ValueError("mesh: logits are on the last process of a pipeline only")
+        with self.autocast():
+            logits = self.model(inputs)
+        for sequence in reversed(self.model.sequences):
+            logits = sequence.whole(logits)
+        return logits
+
     @torch.no_grad()
     def judge(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
-        """The loss of some rows, the same on all processes and for all of them."""
+        """The loss of some rows, which are the same on all processes; as is the result."""
         if self.pipeline:
             loss = self.pipeline.judge(inputs, targets, documents)
         else:
@@ -146,8 +176,11 @@ class Spread:
         return loss
 
 
-def check(sizes: dict[str, int]) -> None:
-    """ValueError for axes that do not go together."""
+def check(sizes: dict[str, int], wrapped: bool) -> None:
+    """ValueError for axes that do not go together, or with a model that is `wrapped`."""
+    more = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name != "dp"]
+    if wrapped and more:
+        raise ValueError(f"mesh: a teacher or a compiled model goes together with dp only, not with {', '.join(more)}")
     others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in ("ep", *WITH_EXPERTS)]
     if sizes["ep"] > 1 and others:
         raise ValueError(f"mesh: ep goes together with {', '.join(WITH_EXPERTS)}, not with {', '.join(others)}")
@@ -160,10 +193,10 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def replicated(model: nn.Module, apart: set[str]) -> nn.Module:
+def replicated(model: nn.Module, apart: set[str], **options) -> nn.Module:
     """Data parallelism by PyTorch's engine; parameters named in `apart` are not those of all processes."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, **options)
 
 
 def all_reduce(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
@@ -176,15 +209,6 @@ def all_reduce(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
         dist.all_reduce(flat, group=group)
         for part, summed in zip(same, flat.split([part.numel() for part in same]), strict=True):
             part.copy_(summed.view_as(part))
-
-
-def place(rank: int, sizes: dict[str, int], axes: tuple[str, ...]) -> tuple[int, int]:
-    """(a rank's place, how many places) in the product of some axes."""
-    at, count = 0, 1
-    for name, index in zip(sizes, np.unravel_index(rank, tuple(sizes.values())), strict=True):
-        if name in axes:
-            at, count = at * sizes[name] + int(index), count * sizes[name]
-    return at, count
 
 
 def mesh_along(sizes: dict[str, int], device_type: str, *names: str) -> DeviceMesh:

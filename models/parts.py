@@ -1,5 +1,6 @@
 """The parts of a model as models.plan takes them: what each holds, computes, keeps and sends on a mesh of ranks."""
 
+from dataclasses import replace
 from math import lcm
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from models.config import Config
 from models.describe import kept_bytes, linear_flops
 from models.language_model import LanguageModel
-from models.plan import Part
+from models.plan import ACTIVATION, Part
 from models.residual import Residual
 from nn.embedding.ngram import NgramEmbedding
 from nn.moe.moe import MoE
@@ -22,7 +23,7 @@ def parts_of(config: Config, sizes: dict[str, int]) -> list[Part]:
     """Embedding, sublayers and head of a model for a mesh with these sizes. ValueError where they cannot share it out."""
     with torch.device("meta"):
         model = LanguageModel(config)
-    *kept, rest = kept_bytes(config, config.seq_len, torch.bfloat16)
+    *kept, rest = kept_bytes(replace(config, backprop="plain"), config.seq_len, torch.bfloat16)
     heads, seen = heads_of(model), set()
     layers = [sublayer_part(s, own, heads, config, sizes, seen) for s, own in zip(model.stack, kept, strict=True)]
     embedding = numbers_of([model.embedding, model.position, model.embedding_norm], seen)
@@ -57,8 +58,9 @@ def heads_of(model: LanguageModel) -> dict[nn.Module, tuple[int, int, int, int]]
 def sublayer_part(residual: Residual, kept: int, heads: dict, config: Config, sizes: dict[str, int], seen: set[int]) -> Part:
     """Changes the residual's layers: afterwards they are those of a rank of tp."""
     layers, tp, seq_len = list(getattr(residual.layer, "branches", [residual.layer])), sizes["tp"], config.seq_len
-    flops = linear_flops(residual.modules()) * seq_len
-    flops += residual.layer.mixing_flops(seq_len, seq_len) if residual.is_mixer else 0
+    mixing = residual.layer.mixing_flops(seq_len, seq_len) if residual.is_mixer else 0
+    flops = linear_flops(residual.modules()) * seq_len + mixing
+    products = ACTIVATION * seq_len * sum(m.out_features for m in residual.modules() if isinstance(m, nn.Linear))
     mixtures = [layer for layer in layers if isinstance(layer, MoE)]
     for layer in mixtures:
         if layer.experts.experts % sizes["ep"]:
@@ -75,7 +77,9 @@ def sublayer_part(residual: Residual, kept: int, heads: dict, config: Config, si
     messages = [message for layer in layers if hasattr(layer, "init_state")
                 for message in messages_of(layer, heads, config.dim, sizes, tp if shared else 1).items()]  # fmt: skip
     options = {name: sum(number for other, number in messages if other == name) for name, _ in messages}
-    return Part(numbers_of([residual], seen), cut, experts, flops, kept, shared or tp == 1, routed=routed, **options)
+    return Part(
+        numbers_of([residual], seen), cut, experts, flops, kept, products, mixing, shared or tp == 1, routed=routed, **options
+    )
 
 
 def messages_of(mixer: nn.Module, heads: dict, dim: int, sizes: dict[str, int], tp: int) -> dict[str, int]:

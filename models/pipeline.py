@@ -10,39 +10,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleLoopedBFS,
-)
 
 from models.auxiliary import auxiliary_loss
 from models.language_model import LanguageModel
+from nn.checks import at_least
 from nn.objective import IGNORED
+from nn.parallel.shares import local
 from nn.spec import build
-from optim.sharded import local
 
 
-def gpipe() -> tuple[type, int]:
+def gpipe() -> tuple[str, int]:
     """All forward passes, then all backward passes. Huang et al. 2018, "GPipe" (arXiv:1811.06965)."""
-    return ScheduleGPipe, 1
+    return "ScheduleGPipe", 1
 
 
-def one_f_one_b() -> tuple[type, int]:
-    """Forward and backward passes in turns, so that few parts are held. Narayanan et al. 2019, "PipeDream"."""
-    return Schedule1F1B, 1
+def one_f_one_b() -> tuple[str, int]:
+    """Forward and backward passes in turns, so that few parts are held. Narayanan et al. 2019, "PipeDream" (SOSP)."""
+    return "Schedule1F1B", 1
 
 
-def interleaved(*, stages: int = 2) -> tuple[type, int]:
+def interleaved(*, stages: int = 2) -> tuple[str, int]:
     """The same, each process having several runs of layers. Narayanan et al. 2021 (arXiv:2104.04473)."""
-    return ScheduleInterleaved1F1B, stages
+    at_least(1, stages=stages)
+    return "ScheduleInterleaved1F1B", stages
 
 
-def looped(*, stages: int = 2) -> tuple[type, int]:
+def looped(*, stages: int = 2) -> tuple[str, int]:
     """Every run of layers for all parts before the next. Lamy-Poirier 2021 (arXiv:2106.02679), 2022 (arXiv:2211.05953)."""
-    return ScheduleLoopedBFS, stages
+    at_least(1, stages=stages)
+    return "ScheduleLoopedBFS", stages
 
 
 PIPELINES: dict[str, Callable] = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "looped": looped}
@@ -113,8 +109,12 @@ class Pipeline:
     holds a summand of the gradient; all but the first of them are `counted_elsewhere`. `shard` is done to each stage first.
     """
 
-    def __init__(self, model: LanguageModel, mesh: DeviceMesh, kind: str, parts: int, shard: Callable, autocast: Callable):
-        schedule, many = build(kind, PIPELINES, "pipeline")
+    def __init__(
+        self, model: LanguageModel, mesh: DeviceMesh, kind: str, rows: int, parts: int, shard: Callable, autocast: Callable
+    ):
+        from torch.distributed import pipelining  # which imports the compiler: only who has a pipeline waits for that
+
+        name, many = build(kind, PIPELINES, "pipeline")
         size, rank = mesh.size(), mesh.get_local_rank()
         if parts < size:
             raise ValueError(f"accumulate: a pipeline of {size} processes needs at least {size} parts of a step, not {parts}")
@@ -123,19 +123,21 @@ class Pipeline:
         stages = [Stage(model, numbers, **end) for numbers, end in zip(runs(len(model.stack), total), ends, strict=True)]
         users: dict[int, set[int]] = {}
         for number, stage in enumerate(stages):
-            for parameter in stage.parameters():
-                users.setdefault(id(parameter), set()).add(number % size)
-        named = dict(model.named_parameters())
-        shared = {name: tuple(sorted(users[id(p)])) for name, p in named.items() if len(users[id(p)]) > 1}
+            for tensor in (*stage.parameters(), *stage.buffers()):
+                users.setdefault(id(tensor), set()).add(number % size)
+        every = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.holders = {name: min(users[id(tensor)]) for name, tensor in every.items()}  # the first rank that has it
+        shared = {name: tuple(sorted(users[id(p)])) for name, p in model.named_parameters() if len(users[id(p)]) > 1}
         self.counted_elsewhere = {name for name, ranks in shared.items() if rank in ranks[1:]}
         self.groups = {name: group for name, ranks in shared.items() if (group := group_within(mesh, ranks))}
         self.stages = stages[rank::size]
         keep_only(model, {module for stage in self.stages for module in stage.modules()})
-        self.parts, self.first, self.last = parts, rank == 0, rank == size - 1
-        made = [PipelineStage(shard(stage), rank + i * size, total, device, group=mesh.get_group())
+        self.rows, self.first, self.last = rows, rank == 0, rank == size - 1
+        made = [pipelining.PipelineStage(shard(stage), rank + i * size, total, device, group=mesh.get_group())
                 for i, stage in enumerate(self.stages)]  # fmt: skip
         options = dict(loss_fn=lambda loss, _: loss.sum(), scale_grads=False)
-        self.schedule = schedule(made if many > 1 else made[0], parts, **options)
+        several = name not in ("ScheduleGPipe", "Schedule1F1B")
+        self.schedule = getattr(pipelining, name)(made if several else made[0], parts, **options)
 
     def step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None, scale: float) -> Tensor:
         """Forward and backward passes of all rows of a step, (B, T): `scale` times the loss on the last process, else 0."""
@@ -150,12 +152,15 @@ class Pipeline:
             dist.all_reduce(local(parameter.grad), group=group)
 
     def judge(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
-        """The loss of some rows, without gradients. Rows are filled up so that they divide into the parts of a step."""
-        missing = -len(inputs) % self.parts
-        rows = [inputs, targets] if documents is None else [inputs, targets, documents]
-        fills = (0, IGNORED, 0)
-        rows = [torch.cat([x, x.new_full((missing, *x.shape[1:]), fill)]) for x, fill in zip(rows, fills, strict=False)]
-        return self.run(self.schedule.eval, *rows, *([None] * (documents is None)), 1.0)
+        """The loss of some rows, without gradients, in portions of as many as a step has: what is sent has one shape."""
+        given = [inputs, targets] if documents is None else [inputs, targets, documents]
+        total = 0
+        for portion in zip(*(x.split(self.rows) for x in given), strict=True):
+            missing = self.rows - len(portion[0])
+            fills = zip(portion, (0, IGNORED, 0), strict=False)
+            filled = [torch.cat([x, x.new_full((missing, *x.shape[1:]), fill)]) for x, fill in fills]
+            total = total + self.run(self.schedule.eval, *filled, *[None] * (documents is None), 1.0)
+        return total
 
     def run(self, act: Callable, inputs: Tensor, targets: Tensor, documents: Tensor | None, scale: float) -> Tensor:
         losses = []

@@ -84,7 +84,7 @@ def model_state_bytes(parameters: float, ranks: int, stage: int) -> dict[str, fl
 
 
 class Run(NamedTuple):
-    """What a plan is made for. sizes: of every axis, as optim.parallel.mesh.parse_mesh gives them."""
+    """What a plan is made for. sizes: of every axis, as nn.parallel.mesh.parse_mesh gives them."""
 
     sizes: dict[str, int]
     dim: int
@@ -172,19 +172,21 @@ def kept_at_ends(share: Share, run: Run) -> float:
 def memory(share: Share, run: Run) -> dict[str, float]:
     """Bytes that a rank holds at once.
 
-    activations: of as many micro-batches as 1F1B holds; if more than the inputs of sublayers (and products, if selective) is
-    computed again, also what the largest of them keeps, of which `stream` has a chunk at a time. buffers: with shards the sublayer at work and the next one gathered and the gradient of one (in a
-    pipeline of all, which it reduces at the end), and the ends; with tp a row gathered and a summand of a row.
+    activations: of as many micro-batches as 1F1B holds; where sublayers are run again, the most that one of them then keeps
+    too, of which `stream` in truth has a chunk at a time. buffers: with shards the sublayer at work and the next one gathered
+    and the gradient of one (in a pipeline of all, which it reduces at the end), and the ends; with tp a row gathered and a
+    summand of a row.
     """
     pp, tp, ep = (run.sizes[axis] for axis in ("pp", "tp", "ep"))
     state = model_state_bytes((share.total - share.experts) / run.shards, run.copies, run.zero)
     for name, size in model_state_bytes(share.experts / run.shards, run.copies // ep, run.zero).items():
         state[name] += size
     kept, stream = kept_bytes(share, run), ACTIVATION * run.dim * run.rows * run.tokens / run.positions
-    activations = 0.0 if run.backprop == "plain" else max(kept)
+    left = kept if run.backprop == "plain" else [stream / tp] * len(kept)  # until the backward pass: all, or inputs
     if run.backprop == "selective":
-        products = sum(part.products / (tp if part.shared else 1) for part in share.layers)
-        activations -= 
+        left = [stream / tp + part.products * run.rows / (run.positions * (tp if part.shared else 1)) for part in share.layers]
+    activations = min(run.micro_batches, pp - share.index) * sum(left)
+    activations += max(most - part for most, part in zip(kept, left, strict=True))
     buffers = 2 * stream if tp > 1 else 0
     if run.shards > 1:
         largest = max(share.own)
@@ -198,16 +200,18 @@ def work(share: Share, run: Run) -> tuple[float, float]:
     Weights are read in every pass; what is kept, and its gradient, is written once and read once; and the optimizer reads and
     writes its state.
     """
-    tp, passes, m = run.sizes["tp"], 4 if run.checkpoint else 3, run.micro_batches
-    flops = sum(passes * part.flops / (tp if part.shared else 1) for part in share.layers)
-    flops += sum(3 * part.flops / tp for part in share.ends)
-    moved = m * (4 * (sum(kept_bytes(share, run)) + kept_at_ends(share, run)) + passes * WEIGHT * share.total)
+    tp, m, again = run.sizes["tp"], run.micro_batches, {"plain": 0, "selective": 0}.get(run.backprop, 1)
+    flops = sum(3 * part.flops / tp for part in share.ends)
+    for part in share.layers:
+        twice = part.mixing if run.backprop == "selective" else again * part.flops
+        flops += (3 * part.flops + twice) / (tp if part.shared else 1)
+    moved = m * (4 * (sum(kept_bytes(share, run)) + kept_at_ends(share, run)) + (3 + again) * WEIGHT * share.total)
     moved += (2 * OPTIMIZER + GRADIENT + WEIGHT) * share.total / (run.shards * (run.copies if run.zero else 1))
     return flops * m * run.rows / run.positions, moved
 
 
 def traffic(share: Share, run: Run) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by axis and collective. A checkpoint's second forward pass sends what the first sent.
+    """Bytes that a rank sends in a step, by axis and collective. A second forward pass sends what the first sent.
 
     tp gathers a row before a sublayer and scatters the sum behind it, and the other way round in the backward pass; gradients
     of what it does not cut it adds up once a step. Shards are gathered before each pass of a sublayer, those of the ends once a
@@ -215,7 +219,7 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
     their gradients, in float32, in one.
     """
     sizes, m, tp = run.sizes, run.micro_batches, run.sizes["tp"]
-    forward = 2 if run.checkpoint else 1
+    forward = 1 if run.backprop == "plain" else 2
     passes, sums = forward + 1, 1 if sizes["pp"] > 1 else m
     stream = m * ACTIVATION * run.rows * run.tokens / run.positions  # bytes for each number a token
     every = "ring" if sizes["ring"] > 1 else "ulysses"  # the axis that stands for all ranks of a row

@@ -23,14 +23,22 @@ def posed(batches: Iterable, objective: NextToken | MaskedTokens, size: int) -> 
 
 
 @torch.inference_mode()
-def bits_per_byte(model: LanguageModel, batches: Iterable, token_bytes: np.ndarray, *, packed: bool = False) -> float:
+def bits_per_byte(
+    model: LanguageModel | Callable[..., Tensor],
+    batches: Iterable,
+    token_bytes: np.ndarray,
+    *,
+    packed: bool = False,
+    device: torch.device | None = None,
+) -> float:
     """Bits the model needs for the targets of all `batches`, for each byte of text that they stand for.
 
     Batches hold inputs, targets (-100: does not count) and documents, each (B, T). Ends of documents cost bits, like any
     token, but are no text: `token_bytes` (V,) says 0 for them. The number is also the compressed size, in bits a byte,
     that an arithmetic coder would reach with this model; of an encoder it is a figure for the tokens that are hidden from it.
+    `model` is one, or what gives its losses; then `device` says where.
     """
-    device, nats, length = model.head.weight.device, 0.0, 0
+    device, nats, length = device or model.head.weight.device, 0.0, 0
     for inputs, targets, documents in batches:
         loss = model(inputs.to(device), targets.to(device), documents=documents.to(device) if packed else None)
         nats += loss.item()
@@ -41,18 +49,24 @@ def bits_per_byte(model: LanguageModel, batches: Iterable, token_bytes: np.ndarr
 
 
 @torch.inference_mode()
-def answered(model: LanguageModel, batches: Iterable, oracle: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+def answered(
+    model: LanguageModel,
+    batches: Iterable,
+    oracle: Callable[[Tensor], Tensor] | None = None,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
     """How well a model answers what the targets of all `batches` ask for: inputs, targets (-100: not asked), each (B, T).
 
     accuracy: the share of the asked positions where the likeliest token is the target; complete: the share of sequences
     where it is at all of them; val_loss: nats an asked position. With `oracle`, (B, T) to (B, T), also its accuracy.
+    `logits_of`, (B, T) to (B, T, V), is asked in the model's place.
     ValueError for an encoder, which would read on before it answers, and where nothing is asked.
     """
     if not model.causal:
         raise ValueError("model: an encoder sees all tokens at once; a task asks one that reads from left to right")
     device, asked, sequences, sums = model.head.weight.device, 0, 0, torch.zeros(4, dtype=torch.float64)
     for inputs, targets, *_ in batches:
-        logits, wanted = model(inputs.to(device)), targets >= 0  # (B, T, V), (B, T)
+        logits, wanted = (logits_of or model)(inputs.to(device)), targets >= 0  # (B, T, V), (B, T)
         logits, right = logits[wanted.to(device)].float(), targets[wanted]  # (N, V), (N,)
         correct = torch.ones_like(wanted)
         correct[wanted] = logits.argmax(1).cpu() == right

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models import huggingface
 from models.checkpoint import MANIFEST, load_weights, model_tensors, read_json, read_tensors, write_json, write_tensors
@@ -15,10 +16,13 @@ from nn.spec import build
 FORMAT = "rosetta"
 
 
-def save_model(model: LanguageModel, folder: Path) -> None:
-    """Write a model's configuration and weights into a folder: what `read_config` and `load_model` read."""
+def save_model(model: LanguageModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Write a model's configuration and weights into a folder: what `read_config` and `load_model` read.
+
+    `tensors`: the weights by name, where the model's own are not whole.
+    """
     write_json(folder / "config.json", {"format": FORMAT, **model.config.to_json()})
-    write_tensors(folder / "model.safetensors", model_tensors(model))
+    write_tensors(folder / "model.safetensors", model_tensors(model) if tensors is None else tensors)
 
 
 def read_config(folder: Path) -> Config:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .base import Optimizer, require, wide
-from .sharded import cuts, local
+from .sharded import local
 
 
 def reference_step(param, grad, state, *, lr, betas, eps, weight_decay):
@@ -41,8 +42,9 @@ def lengths(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     norms = [torch.linalg.vector_norm(x) for x in parts]
     ways: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     for number, param in enumerate(params):
-        if groups := cuts(param):
-            ways.setdefault(groups, []).append(number)
+        if isinstance(param, DTensor):
+            cuts = (dim for dim, place in enumerate(param.placements) if place.is_shard())
+            ways.setdefault(tuple(map(param.device_mesh.get_group, cuts)), []).append(number)
     for groups, members in ways.items():
         squares = torch.stack([norms[number].square() for number in members])
         for group in groups:

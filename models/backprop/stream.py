@@ -28,15 +28,16 @@ class Stream:
     earlier ones, and a gradient for each number of it, is all that is held for the whole sequence (carry.py):
 
     feed-forward layers   nothing
-    mha, mqa, gqa         keys and values, made first; a chunk of queries is scored against those up to its end, or as many of
-                          them as its window reaches (with a position encoding that is no bias)
-    recurrences           the decoding state at the end of each chunk, which the forward pass keeps: chunks go from the last
-                          to the first, and hand the gradient of the state on. Mixers whose decoding state is a few tensors
-                          of one size: mamba, mamba2, s4d, lstm, the linear attentions, …
+    mha, mqa, gqa         keys and values, which are made first; a chunk of queries is scored against those up to its end, or as
+                          many of them as its window reaches (with a position encoding that is no bias)
+    recurrences           the decoding state at the end of each chunk, which the forward pass keeps; chunks go from the last
+                          to the first and hand the gradient of the state on. So do all mixers whose decoding state is a few
+                          tensors of one size: mamba, mamba2, s4d, lstm, most of linear attention, …
 
     All else is run again whole, as by `checkpoint`: mixtures of experts and norms whose statistics are of a batch, encoders'
     mixers, other mixers, and a sublayer whose branch was replaced, whose layers are watched by hooks or whose parameters are
-    spread by tensor parallelism. The logits of a language model come in slices anyway (kernels/linear_cross_entropy.py).
+    spread by tensor parallelism. The logits of a language model come in slices anyway (kernels/linear_cross_entropy.py). On a
+    CPU attention of a chunk also holds the scores of 128 queries and all keys a few times over, and so gains less.
 
     A sublayer is one autograd.Function that takes the parameters and returns their gradients, so that data parallelism
     reduces them once a layer; parameters sharded by FSDP2 are gathered once a layer, where whole sublayers are wrapped.
@@ -89,21 +90,21 @@ class Streamed(torch.autograd.Function):
         (x, *kept), carry, learning = ctx.saved_tensors, ctx.carry, ctx.learning
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         sums: list[Tensor | None] = [None] * len(learning)
+        carry.kept = kept
         with ctx.autocast():
-            carry.kept = kept
             carry.prepare(x)
-            for i, (start, end) in reversed(list(enumerate(carry.bounds))):
-                part = x[:, start:end].detach().requires_grad_(dx is not None)
-                with torch.enable_grad():
-                    y = carry.run(i, part)
-                before = carry.inputs()
-                gradient, *found = differentiate([(y, dy[:, start:end]), *carry.outputs()], [part, *before, *learning])
-                if dx is not None:
-                    dx[:, start:end] = gradient
-                carry.take(found[: len(before)])
-                sums = [added(total, term) for total, term in zip(sums, found[len(before) :], strict=True)]
-            carry.kept = []
-            carry.finish()
+        for i, (start, end) in reversed(list(enumerate(carry.bounds))):
+            part = x[:, start:end].detach().requires_grad_(dx is not None)
+            with torch.enable_grad(), ctx.autocast():
+                y = carry.run(i, part)
+            before = carry.inputs()
+            gradient, *found = differentiate([(y, dy[:, start:end]), *carry.outputs()], [part, *before, *learning])
+            if dx is not None:
+                dx[:, start:end] = gradient
+            carry.take(found[: len(before)])
+            sums = [added(total, term) for total, term in zip(sums, found[len(before) :], strict=True)]
+        carry.kept = []
+        carry.finish()
         return None, dx, *(total if total is None else total.to(p.dtype) for total, p in zip(sums, learning, strict=True))
 
 

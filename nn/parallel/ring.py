@@ -59,12 +59,12 @@ def views(flat: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Sight:
-    """An interval of the row's keys for each of a place's queries, low … high - 1, (B or 1, S) both; and whether any query of
-    one chunk or the other sees any key of a chunk of the row: (2, 2 R)."""
+    """An interval of the row's keys for each of a place's queries, low … high - 1, (B or 1, S) both; and of a chunk of queries
+    and one of the row's keys, (2, 2 R): whether any sees any (1), and whether all see all (2)."""
 
     low: Tensor
     high: Tensor
-    seen: list[list[bool]]
+    seen: list[list[int]]
 
     def of_chunks(self, half: int, chunk: int, batch: int) -> tuple[Tensor, Tensor]:
         """What one chunk of queries sees of a chunk of keys, counted from its first: (B, c) int32 both."""
@@ -102,23 +102,29 @@ def sights(context: Context, ring: Ring, window: int | None, first: int) -> list
     return [Sight(*pair, seen_chunks(*pair, c, ring.places)) for pair in found]
 
 
-def seen_chunks(low: Tensor, high: Tensor, c: int, places: int) -> list[list[bool]]:
-    """(2, 2 R): whether any of a half of the queries sees any key of a chunk."""
-    starts = [chunk * c for chunk in range(2 * places)]
-    some = [(low.clamp(min=start) < high.clamp(max=start + c)).unflatten(1, (2, c)).any(2).any(0) for start in starts]
-    return torch.stack(some, 1).tolist()
+def seen_chunks(low: Tensor, high: Tensor, c: int, places: int) -> list[list[int]]:
+    """(2, 2 R): 0 where none of a half of the queries sees any key of a chunk, 2 where all of them see all, or else 1."""
+    columns = []
+    for start in range(0, 2 * places * c, c):
+        some, whole = low.clamp(min=start) < high.clamp(max=start + c), (low <= start) & (high >= start + c)
+        some, whole = (x.unflatten(1, (2, c)).movedim(1, 0).flatten(1) for x in (some, whole))  # (2, B c)
+        columns.append(some.any(1).int() + whole.all(1).int())
+    return torch.stack(columns, 1).tolist()
 
 
-def of_pair(q, k, v, low, high, apart: int, scale: float, softcap: float, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y and lse of a chunk of queries over the keys low … high - 1 of a chunk that begins `apart` chunks before it.
+def of_pair(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor], whole: bool, apart: int, scale: float, softcap: float,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and lse of a chunk of queries over the keys within `bounds`, or the `whole`, of a chunk that is `apart` chunks before.
 
     ALiBi's distances are of the row: keys before the queries are given as if c further ones, seen by none, stood between their
     end and that of the queries; what is then missing, the same for all, comes off lse. Keys behind them are read backwards.
     """
     options = dict(causal=False, scale=scale, softcap=softcap, alibi=slopes, with_lse=True)
     if slopes is None or apart == 0:
-        return attention(q, k, v, shared_spans=(low, high), **options)
-    c = q.shape[2]
+        return attention(q, k, v, shared_spans=None if whole else bounds, **options)
+    c, (low, high) = q.shape[2], bounds
     if apart < 0:
         q, k, v = (x.flip(2) for x in (q, k, v))
         low, high = (c - high).flip(1).contiguous(), (c - low).flip(1).contiguous()
@@ -134,8 +140,8 @@ class RingAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         found: list[tuple[Tensor, Tensor] | None] = [None, None]
         for place, keys, values in ring.parts(k, v):
-            for half, mine, theirs, bounds, apart in pairs(ring, place, seen, q.shape):
-                y, lse = of_pair(q[:, :, mine], keys[:, :, theirs], values[:, :, theirs], *bounds, apart, **options)
+            for half, mine, theirs, *where in pairs(ring, place, seen, q.shape):
+                y, lse = of_pair(q[:, :, mine], keys[:, :, theirs], values[:, :, theirs], *where, **options)
                 found[half] = (y.to(wide), lse) if found[half] is None else merge(*found[half], y, lse)
         y, lse = torch.cat([y for y, _ in found], 2).to(q.dtype), torch.cat([lse for _, lse in found], 2)
         ctx.save_for_backward(q, k, v, y, lse)
@@ -153,10 +159,10 @@ class RingAttention(torch.autograd.Function):
         for step, (place, keys, values) in enumerate(ring.parts(k, v)):
             grads = keys.new_zeros(k.numel() + v.numel(), dtype=wide)
             dk, dv = views(grads, k, v)
-            for _, mine, theirs, bounds, apart in pairs(ring, place, seen, q.shape):
+            for _, mine, theirs, *where in pairs(ring, place, seen, q.shape):
                 part = [x.detach().requires_grad_() for x in (q[:, :, mine], keys[:, :, theirs], values[:, :, theirs])]
                 with torch.enable_grad():
-                    found = of_pair(*part, *bounds, apart, **options)
+                    found = of_pair(*part, *where, **options)
                 share = torch.exp(found[1].detach() - lse[:, :, mine])  # w_i (B, H, c)
                 dlse_i = share * ((dy[:, :, mine].to(wide) * found[0].detach()).sum(-1) + lost[:, :, mine])
                 dy_i = (share[..., None] * dy[:, :, mine]).to(q.dtype)
@@ -178,7 +184,8 @@ class RingAttention(torch.autograd.Function):
 def pairs(ring: Ring, place: int, seen: list[Sight], shape: torch.Size) -> Iterator[tuple]:
     """The chunks of queries, of shape (B, H, S, D), and of a place's keys of which some see some.
 
-    Which half of the queries, the slices of both in their places, what each query sees, and how many chunks they are apart.
+    Which half of the queries, the slices of both in their places, what each query sees, whether that is all, and how many
+    chunks they are apart.
     """
     B, _, S, _ = shape
     halves = slice(0, S // 2), slice(S // 2, S)
@@ -186,7 +193,7 @@ def pairs(ring: Ring, place: int, seen: list[Sight], shape: torch.Size) -> Itera
         for i, a in enumerate(ring.chunks(ring.place)):
             for j, b in enumerate(ring.chunks(place)):
                 if sight.seen[i][b]:
-                    yield i, halves[i], halves[j], sight.of_chunks(i, b, B), a - b
+                    yield i, halves[i], halves[j], sight.of_chunks(i, b, B), sight.seen[i][b] == 2, a - b
 
 
 def ring_attention(

@@ -11,9 +11,9 @@ from models import Config, build_model
 from models.parts import parts_of
 from models.plan import Run, plan
 from nn.parallel.collectives import sent
+from nn.parallel.mesh import parse_mesh
 from nn.parallel.mixers import share_sequence
 from nn.parallel.tensor import share_layers
-from optim.parallel.mesh import parse_mesh
 
 NAMES = {"all-gather": "gather", "reduce-scatter": "scatter_sum", "all-to-all": "exchange", "send": "pass"}
 TINY = dict(vocab_size=64, dim=32, heads=4, depth=3, seq_len=16, norm="rmsnorm", position="rope", init="fan_in", stem="")

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 -m tests.models.spread_processes dp=2 pp=2@gpipe/gqa+others …
 """
 
+import json
 import sys
 
 import torch
@@ -10,9 +11,11 @@ import torch.distributed as dist
 
 from models import Config, build_model
 from models.auxiliary import after_step
+from models.checkpoint import load_weights, model_tensors
 from models.parallel import Spread
-from optim import AdamW, Combined, Muon, by_parts, split_parameters
-from optim.parallel.mesh import sizes_of
+from nn.parallel.mesh import share_of_rows, sizes_of
+from optim import AdamW, Combined, Muon, by_parts, flatten_state, split_parameters
+from optim.parallel.whole_state import WholeState
 
 SMALL = dict(dim=32, depth=2, heads=4, vocab_size=50, seq_len=16, stem="", init="gpt2", norm="rmsnorm")
 OF_MOE = "width=12:shared=1:scope=global"
@@ -49,25 +52,61 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], targets, documents
 
 
-def trained(name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b"):
-    """(losses, norms of the gradient, what is judged, parameters by name) of ten steps of some parts each."""
-    model = make(name)
-    spread = Spread(model, sizes or sizes_of("", 1), pipeline=pipeline, parts=PARTS)
-    (place, places), optimizer, losses, norms = spread.rows, optimizer_of(model), [], []
-    for step in range(STEPS):
-        rows = zip(*(x.chunk(PARTS) for x in batch(step)), strict=True)
-        parts = [tuple(x.chunk(places)[place] for x in part) for part in rows]
-        total = spread.step(parts, 1 / (ROWS * 15))
-        if sizes:
+class Run:
+    """A model and its optimizer on a mesh, or by itself."""
+
+    def __init__(self, name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b", weights: dict | None = None):
+        self.model, self.sizes = make(name), sizes
+        if weights:
+            load_weights(self.model, weights, "test")
+        self.whole = WholeState(self.model, model_tensors, optimizer_of)
+        self.place, self.places = share_of_rows(dist.get_rank(), sizes) if sizes else (0, 1)
+        options = dict(pipeline=pipeline, rows=ROWS // self.places, parts=PARTS)
+        self.spread = Spread(self.model, sizes or sizes_of("", 1), **options)
+        self.optimizer = self.whole.after(self.spread)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """(loss, norm of the gradient) of a step of some parts."""
+        rows = zip(*(x.chunk(PARTS) for x in batch(number)), strict=True)
+        parts = [tuple(x.chunk(self.places)[self.place] for x in part) for part in rows]
+        total = self.spread.step(parts, 1 / (ROWS * 15))
+        if self.sizes:
             dist.all_reduce(total)
-        losses.append(total.item())
-        norms.append(spread.clip(2.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step(model)
-    judged = spread.judge(*batch(STEPS))[None].double()
-    named = {name: whole_of(p).detach() for name, p in model.named_parameters()}
-    return torch.tensor(losses), torch.tensor(norms), judged, named
+        norm = self.spread.clip(2.0).item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        after_step(self.model)
+        return total.item(), norm
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        """Weights and optimizer state, whole, on every process."""
+        self.spread.rank = 0  # who keeps what is put together
+        tensors, tree = flatten_state(self.whole.optimizer_state())
+        assert json.loads(json.dumps(tree)) == tree
+        return {name: tensor.clone() for name, tensor in (self.whole.weights() | tensors).items()}
+
+
+def trained(name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b"):
+    """(losses and norms of ten steps, what is judged, parameters by name)."""
+    run = Run(name, sizes, pipeline)
+    numbers = torch.tensor([run.step(number) for number in range(STEPS)], dtype=torch.float64)
+    judged = run.spread.judge(*batch(STEPS))[None].double()
+    return numbers[:, 0], numbers[:, 1], judged, {n: whole_of(p).detach() for n, p in run.model.named_parameters()}
+
+
+def handed_over(name: str, first: dict[str, int], second: dict[str, int]) -> tuple[float, float]:
+    """How far weights and state differ after a change of mesh, and the losses of the next two steps."""
+    before = Run(name, first)
+    for number in range(2):
+        before.step(number)
+    saved = before.everything()
+    after = Run(name, second, weights={name: saved[name].clone() for name in before.whole.tensors})
+    after.whole.load_optimizer_state(before.whole.optimizer_state())
+    found = after.everything()
+    assert saved.keys() == found.keys() and len(saved) > len(before.whole.tensors)
+    exact = max((saved[key] - found[key]).abs().max().item() for key in saved)
+    losses = [[run.step(number)[0] for number in (2, 3)] for run in (before, after)]
+    return exact, max(abs(a - b) / a for a, b in zip(*losses, strict=True))
 
 
 def whole_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -86,6 +125,12 @@ if __name__ == "__main__":
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = {}
     for words in sys.argv[1:]:
+        if ">" in words:
+            worst = torch.tensor(handed_over("hybrid", *(sizes_of(mesh, world) for mesh in words.split(">"))))
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            if rank == 0:
+                print(f"{words} hybrid {worst[0].item():.1e} {worst[1].item():.1e}", flush=True)
+            continue
         mesh, _, names = words.partition("/")
         mesh, _, pipeline = mesh.partition("@")
         for name in names.split("+") if names else ("gqa", "hybrid"):

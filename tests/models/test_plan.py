@@ -12,7 +12,7 @@ from models.describe import activation_bytes, describe, forward_flops, kept_byte
 from models.hardware import HARDWARE, predict, rate_of
 from models.parts import parts_of
 from models.plan import Part, Run, all_gather, all_reduce, all_to_all, model_state_bytes, pass_round, plan
-from optim.parallel.mesh import parse_mesh
+from nn.parallel.mesh import parse_mesh
 
 TINY = dict(vocab_size=31, dim=32, heads=4, depth=4, seq_len=64)
 MODELS = {
@@ -162,15 +162,28 @@ def test_ulysses_sends_as_much_when_ranks_and_tokens_grow_together():
     assert sent_of("ulysses=8", "ulysses all-to-all", 512) > sent_of("ulysses=4", "ulysses all-to-all", 256)  # of 4 key heads
 
 
-def test_checkpoints_trade_memory_for_work():
-    (plain,), (kept,) = (plan(*make({}, "fsdp=2", rows=4, checkpoint=flag)) for flag in (False, True))
+def test_what_is_run_again_trades_work_for_memory():
+    ways = {way: plan(*make({}, "fsdp=2", rows=4, backprop=way))[0] for way in ("plain", "selective", "checkpoint", "stream")}
     parts, _ = make({}, "fsdp=2")
-    inputs = 9 * 4 * 64 * 32 * 2
-    expected = inputs + 4 * (max(part.kept for part in parts[1:-1]) + parts[-1].kept)
-    assert kept.bytes["activations"] == pytest.approx(expected) and expected < plain.bytes["activations"]
-    layers = sum(part.flops for part in parts[1:-1])
-    assert kept.flops == pytest.approx(plain.flops + 4 * layers)
-    assert kept.sent == plain.sent
+    layers, inputs = parts[1:-1], 64 * 32 * 2
+    most = max(part.kept - inputs for part in layers)
+    expected = 4 * (9 * inputs + most + parts[-1].kept)
+    assert ways["checkpoint"].bytes["activations"] == ways["stream"].bytes["activations"] == pytest.approx(expected)
+    sizes = [ways[way].bytes["activations"] for way in ("checkpoint", "selective", "plain")]
+    work = [ways[way].flops for way in ("plain", "selective", "checkpoint")]
+    assert sizes == sorted(set(sizes)) and work == sorted(set(work))
+    assert work[2] == pytest.approx(work[0] + 4 * sum(part.flops for part in layers))
+    assert ways["checkpoint"].sent == ways["plain"].sent
+    again, once = (plan(*make(dict(stem=""), "tp=2", backprop=way))[0].sent["tp all-gather"] for way in ("checkpoint", "plain"))
+    assert again == 1.5 * once
+
+
+def test_selective_keeps_the_products():
+    config = Config.of(**TINY, mixer="gqa:kv_heads=2", ffn="swiglu:width=48", stem="")
+    sizes = parse_mesh("")
+    _, attention, ffn, *_ = parts_of(config, sizes)
+    assert attention.products == 2 * 64 * (32 + 2 * 16 + 32) and ffn.products == 2 * 64 * (2 * 48 + 32)
+    assert ffn.mixing == 0 and attention.mixing == 2 * 2 * 64 * 64 * 32
 
 
 def utilisation(mesh: str, hardware: str = "h100", options=None, **words) -> float:
@@ -186,7 +199,7 @@ def test_predictions_are_ordered_as_they_must_be():
     assert utilisation("tp=8", options=dict(heads=16, mixer="gqa:kv_heads=16")) > utilisation(
         "tp=16", options=dict(heads=16, mixer="gqa:kv_heads=16"))  # fmt: skip
     assert utilisation("pp=4", micro_batches=4) < utilisation("pp=4", micro_batches=16)
-    assert utilisation("fsdp=8", checkpoint=True, rows=8) < utilisation("fsdp=8", rows=8)
+    assert utilisation("fsdp=8", backprop="checkpoint", rows=8) < utilisation("fsdp=8", rows=8)
     assert utilisation("fsdp=8") <= utilisation("fsdp=8", "h200")  # more memory bandwidth
     assert utilisation("fsdp=8", "a100", rows=4) > utilisation("fsdp=8", rows=4)  # slower products wait less
 
@@ -206,9 +219,11 @@ def test_no_plan_is_better_than_the_hardware(data):
     words = dict(
         rows=data.draw(st.integers(1, 3)), micro_batches=data.draw(st.integers(1, 4)), zero=data.draw(st.integers(0, 3))
     )
-    options = dict(heads=16, dim=64, mixer="gqa,mamba2:state=8:head_dim=8", ffn="swiglu,moe:experts=4:width=16:top_k=2")
+    options = dict(
+        heads=16, dim=64, seq_len=128, mixer="gqa,mamba2:state=8:head_dim=2", ffn="swiglu,moe:experts=4:width=16:top_k=2"
+    )
     mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-    parts, run = make(options, mesh, checkpoint=data.draw(st.booleans()), **words)
+    parts, run = make(options, mesh, backprop=data.draw(st.sampled_from(["plain", "checkpoint", "selective"])), **words)
     for stage in plan(parts, run):
         assert min(stage.bytes.values()) >= 0 and all(size > 0 for size in stage.sent.values())
         assert {name.split()[0] for name in stage.sent} <= {axis for axis, size in run.sizes.items() if size > 1} | {

@@ -78,12 +78,12 @@ def test_places_see_together_what_one_process_sees(case):
         order = a_sequence(places, 1).order(T)
         seen = sights(context, ring, window, first)
         for place in range(places):
-            for _, mine, theirs, (low, high), apart in pairs(ring, place, seen, (2, 1, 2 * c, 1)):
+            for _, mine, theirs, (low, high), whole, apart in pairs(ring, place, seen, (2, 1, 2 * c, 1)):
                 queries, keys = order[rank][mine], order[place][theirs]
                 assert (queries[0] - keys[0]) == apart * c
                 assert low.dtype == high.dtype == torch.int32 and (low.diff() >= 0).all() and (high.diff() >= 0).all()
                 inside = (torch.arange(c) >= low[..., None]) & (torch.arange(c) < high[..., None])  # (2, c, c)
-                assert inside.any()  # others are left out
+                assert inside.any() and inside.all() == whole  # others are left out
                 found[:, queries[:, None], keys] += inside.long()
     assert torch.equal(found, expected.expand(2, -1, -1).long())
 
@@ -107,7 +107,7 @@ def test_distances_of_chunks_are_those_of_the_row(apart, softcap):
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], dtype=torch.float64)
     low = torch.tensor([[0, 0, 1, 1, 2], [0, 2, 2, 2, 4]], dtype=torch.int32)
     high = torch.tensor([[1, 3, 3, 4, 5], [0, 3, 3, 5, 5]], dtype=torch.int32)  # the first of the second row sees none
-    y, lse = of_pair(q, k, v, low, high, apart, 0.7, softcap, slopes)
+    y, lse = of_pair(q, k, v, (low, high), False, apart, 0.7, softcap, slopes)
     at = torch.arange(c)
     scores = 0.7 * q @ k.repeat_interleave(2, 1).mT
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores

@@ -7,6 +7,8 @@ Ranks count through the axes in the order of AXES, the last one fastest: what ta
 
 import math
 
+import numpy as np
+
 AXES = {
     "pp": "pipeline: each rank has a part of the layers",
     "dp": "data: each rank has all of the model and its own rows",
@@ -45,3 +47,12 @@ def sizes_of(text: str, world: int) -> dict[str, int]:
         needed, there = math.prod(sizes.values()), "is 1" if world == 1 else f"are {world}"
         raise ValueError(f"mesh: {named} needs {needed} processes, but there {there}; torchrun --nproc-per-node says how many")
     return sizes
+
+
+def share_of_rows(rank: int, sizes: dict[str, int]) -> tuple[int, int]:
+    """(which share of a batch's rows a process reads, how many shares there are)."""
+    share, shares = 0, 1
+    for name, index in zip(sizes, np.unravel_index(rank, tuple(sizes.values())), strict=True):
+        if name in ROWS:
+            share, shares = share * sizes[name] + int(index), shares * sizes[name]
+    return share, shares

@@ -1,0 +1,64 @@
+"""A model on any mesh learns what one process learns: losses, norms, parameters after ten steps of Muon and AdamW, float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nn.parallel.mesh import AXES, parse_mesh, share_of_rows, sizes_of
+
+ROOT = Path(__file__).parents[2]
+MESHES = {  # processes: meshes, each with its schedule and the models of spread_processes.py
+    2: ["dp=2", "fsdp=2/gqa+others", "tp=2/gqa+hybrid+experts+others", "pp=2/gqa+experts", "pp=2@looped/hybrid",
+        "pp=2@interleaved/gqa", "pp=2@gpipe/others", "ulysses=2", "ring=2", "ep=2/experts"],
+    4: ["dp=2,tp=2", "fsdp=2,pp=2", "fsdp=2,ulysses=2", "dp=2,fsdp=2/gqa", "fsdp=2,tp=2/hybrid", "tp=2,ulysses=2/hybrid",
+        "ring=2,ulysses=2/gqa", "ep=2,dp=2/experts", "pp=2,tp=2/gqa"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", MESHES)
+def test_every_mesh_equals_one_process(processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*command, "-m", "tests.models.spread_processes", *MESHES[processes]], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    models = {mesh: mesh.partition("/")[2].split("+") if "/" in mesh else ["gqa", "hybrid"] for mesh in MESHES[processes]}
+    assert [tuple(line[:2]) for line in found] == [(mesh, name) for mesh, names in models.items() for name in names]
+    assert all(float(worst) < 1e-9 for *_, worst in found), done.stdout
+
+
+def test_what_is_saved_on_one_mesh_goes_on_on_another():
+    """Bit for bit the same weights and optimizer state when they are put together again, and the same next steps."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    changes = ["tp=2,dp=2>fsdp=4", "fsdp=4>pp=2,tp=2", "pp=2,tp=2>dp=4", "dp=4>ring=2,fsdp=2"]
+    done = subprocess.run([*command, "-m", "tests.models.spread_processes", *changes], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [[change, "hybrid", "0.0e+00"] for change in changes]
+    assert all(float(line.split()[3]) < 1e-9 for line in done.stdout.splitlines()), done.stdout
+
+
+def test_a_mesh_is_read_in_the_order_of_its_axes():
+    assert parse_mesh("tp=2, fsdp=4") == dict.fromkeys(AXES, 1) | dict(fsdp=4, tp=2)
+    assert list(parse_mesh("tp=2,pp=3")) == list(AXES)
+    assert sizes_of("", 6) == parse_mesh("dp=6")
+
+
+@pytest.mark.parametrize("text, part", [
+    ("xp=2", "there is no axis 'xp'"), ("tp", "'tp' has no size"), ("tp=0", "no size"), ("tp=-1", "no size"),
+    ("tp=2.5", "no size"), ("tp=2,tp=2", "named twice"), ("tp=2", "tp=2 needs 2 processes, but there are 4"), ("tp=2,pp=4", "needs 8 processes"),
+])  # fmt: skip
+def test_a_wrong_mesh_is_one_clear_line(text, part):
+    with pytest.raises(ValueError, match="^mesh: ") as error:
+        sizes_of(text, 4)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_are_shared_among_data_axes_only():
+    sizes = parse_mesh("dp=2,fsdp=3,tp=2,pp=2")
+    shares = [share_of_rows(rank, sizes) for rank in range(24)]
+    assert {count for _, count in shares} == {6} and sorted({share for share, _ in shares}) == list(range(6))
+    assert shares[0] == shares[1] == shares[12] and shares[2] == (1, 6)  # tp is the fastest, pp the slowest
