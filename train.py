@@ -9,6 +9,7 @@
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -55,7 +56,7 @@ from nn.parallel.mesh import share_of_rows, sizes_of
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
-from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, summed
+from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, lost_touch, restarted, summed
 from optim.parallel.whole_state import WholeState
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             if {"tokenizer", "val_data"} & flags.keys():
                 raise ValueError("tokenizer, val_data: a task has words and validation rows of its own")
             flags = dict(seq_len=task.seq_len) | flags
+        if restarted() and checkpoints(Path(flags.get("out", ""))):
+            place = flags["out"]
         if place is not None:
             resumed = find(Path(place))
             if not (resumed / MANIFEST).exists():
@@ -94,6 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk: what was saved before is still there
+        print(f"train.py: {error.filename or 'while saving'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        print(f"train.py: process {os.environ['RANK']} lost touch with another, which torchrun names", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -206,7 +217,8 @@ def train(config: Config, resumed: Path | None) -> int:
             inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, share))
             inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
             parts.append((inputs, targets, documents if config.packed else None))
-        loss = summed(spread.step(parts, scaler.get_scale() / counted_a_step), world) / counted_a_step
+        scale = scaler.scale(torch.ones((), device=device)).item()  # 1, but for float16
+        loss = summed(spread.step(parts, scale / counted_a_step), world) / counted_a_step
         if not math.isfinite(loss):
             log.close()
             release_signals()

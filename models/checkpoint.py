@@ -6,6 +6,7 @@ cut or altered later is found by its digest and named. Tensors are safetensors, 
 executes nothing.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -114,7 +115,11 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    """Raise an OSError naming the file where it cannot be written."""
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -146,9 +146,11 @@ def planned(config: Config, rows: int, micro_batches: int, zero: int, hardware: 
 
     ValueError for what the mesh cannot share out.
     """
+    from models.parallel import check
     from models.parts import parts_of  # which counts with what stands above
 
     sizes = parse_mesh(config.mesh)
+    check(sizes, wrapped=False)
     run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop.partition(":")[0])
     parts = parts_of(config, sizes)
     stages = plan(parts, run)

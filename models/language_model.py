@@ -104,12 +104,13 @@ class LanguageModel(nn.Module):
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """The sum of -log p(target), a scalar, of the stream x behind the last sublayer, with gradients of auxiliary losses."""
         x = self.transform(self.final_norm(x))
+        share = (targets >= 0).sum()  # of the auxiliary losses: processes have as many tokens, if not as many targets
         for sequence in self.sequences:
-            targets = sequence.part(targets)
+            targets, share = sequence.part(targets), share / sequence.size
         head = dict(bias=self.head.bias, softcap=self.config.softcap)
         loss = next_token_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), **head)
         auxiliary = auxiliary_loss(self.stack, partial(self.costs, x.detach(), targets))
-        return loss if auxiliary is None else loss + (targets >= 0).sum() * (auxiliary - auxiliary.detach())
+        return loss if auxiliary is None else loss + share * (auxiliary - auxiliary.detach())
 
     @torch.no_grad()
     def costs(self, x: Tensor, targets: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.language_model import LanguageModel
-from models.pipeline import Pipeline
+from models.pipeline import PIPELINES, Pipeline
 from nn.moe.expert_parallel import share_experts
 from nn.parallel.mixers import share_sequence
 from nn.parallel.shares import cuts, local, sum_of_squares
 from nn.parallel.tensor import share_layers
+from nn.spec import build
 
 WITH_EXPERTS = ("dp", "ring", "ulysses")  # axes that go together with ep
 
@@ -49,6 +50,7 @@ class Spread:
         autocast: Callable = nullcontext,
     ):
         check(sizes, forward is not None and forward is not model)
+        schedule = build(pipeline, PIPELINES, "pipeline")
         self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
         self.rank, self.pipeline = 0, None
         self.device = next(model.parameters()).device
@@ -76,7 +78,8 @@ class Spread:
         self.kept = {name for name, parameter in model.named_parameters() if cuts(parameter)}  # by tp or ep: none has all
         shard = partial(sharded, mesh=data) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
         if pp > 1:
-            self.pipeline = Pipeline(model, self.stage, pipeline, rows, parts, shard or (lambda stage: stage), autocast)
+            options = dict(rows=rows, parts=parts, shard=shard or (lambda stage: stage), autocast=autocast)
+            self.pipeline = Pipeline(model, self.stage, schedule, **options)
         elif shard:
             shard(model)
         elif self.averaged > 1:

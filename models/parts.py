@@ -1,5 +1,7 @@
 """The parts of a model as models.plan takes them: what each holds, computes, keeps and sends on a mesh of ranks."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
 
@@ -11,9 +13,15 @@ from models.describe import kept_bytes, linear_flops
 from models.language_model import LanguageModel
 from models.plan import ACTIVATION, Part
 from models.residual import Residual
+from nn.attention.gqa import GQA
+from nn.attention.mhe import MHE
+from nn.attention.mla import MLA
+from nn.attention.tpa import TPA
+from nn.context import Context
 from nn.embedding.ngram import NgramEmbedding
+from nn.moe.moa import MoA
 from nn.moe.moe import MoE
-from nn.parallel.tensor import cutter_of
+from nn.parallel.tensor import Cut, cutter_of
 from nn.ssm.mamba2 import Mamba2
 
 # H query heads of width D, K key/value heads whose values are Dv wide
@@ -39,18 +47,20 @@ def numbers_of(modules: list[nn.Module], seen: set[int]) -> int:
 
 
 def heads_of(model: LanguageModel) -> dict[nn.Module, tuple[int, int, int, int]]:
-    """(H, D, K, Dv) of each layer that attends, as seen when a few tokens go through."""
-    found, attends = {}, [(layer, layer.attend) for layer in model.stack.modules() if hasattr(layer, "attend")]
+    """(H, D, K, Dv) of each layer whose attention ranks can share, as seen when a few tokens go through."""
+    found: dict[nn.Module, tuple[int, int, int, int]] = {}
 
-    def seen(layer: nn.Module, attend) -> None:
-        def seeing(q: Tensor, k: Tensor, v: Tensor, context) -> Tensor:
+    def watch(layer: nn.Module, attend: Callable) -> None:
+        def watched(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
             found[layer] = q.shape[1], q.shape[-1], k.shape[1], v.shape[-1]
             return attend(q, k, v, context)
 
-        layer.attend = seeing
+        layer.attend = watched
 
-    for layer, attend in attends:
-        seen(layer, attend)
+    for layer in model.stack.modules():
+        own = isinstance(layer, GQA) and (type(layer).forward, type(layer).attend) == (GQA.forward, GQA.attend)
+        if own or isinstance(layer, (MLA, TPA, MHE, MoA)):  # as nn/parallel/mixers.py has it
+            watch(layer, layer.attend)
     model(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
     return found
 
@@ -66,20 +76,22 @@ def sublayer_part(residual: Residual, kept: int, heads: dict, config: Config, si
         if layer.experts.experts % sizes["ep"]:
             raise ValueError(f"mesh: ep={sizes['ep']} cannot share out {layer.experts.experts} experts evenly")
     experts = sum(p.numel() for layer in mixtures for p in layer.experts.parameters())
-    routed = sum(layer.main * config.dim for layer in mixtures)
-    numel = {layer: {name: p.numel() for name, p in layer.named_parameters()} for layer in layers}
-    cutters = [cutter_of(layer) for layer in layers] if tp > 1 else [None]
+    cuts = cuts_of(layers, tp) if tp > 1 else []
+    shared = cuts is not None
+    pairs = zip(layers, cuts or [], strict=False)
+    cut = sum(p.numel() for layer, made in pairs for name, p in layer.named_parameters() if name in made.along)
+    sent = Counter(routed=sum(layer.main * config.dim for layer in mixtures))
+    for layer in layers:
+        if hasattr(layer, "init_state"):
+            sent.update(messages_of(layer, heads, config.dim, sizes, tp if shared else 1))
+    return Part(numbers_of([residual], seen), cut, experts, flops, kept, products, mixing, shared, **sent)
+
+
+def cuts_of(layers: list[nn.Module], tp: int) -> list[Cut] | None:
+    """How tp cuts each layer of a sublayer, as nn/parallel/tensor.py does it; None where it does not."""
+    cutters = [cutter_of(layer) for layer in layers]
     cuts = [cutter(layer, 0, tp, None) for cutter, layer in zip(cutters, layers, strict=True)] if all(cutters) else [None]
-    shared = None not in cuts
-    cut = (
-        sum(numel[layer].get(name, 0) for layer, made in zip(layers, cuts, strict=True) for name in made.along) if shared else 0
-    )
-    messages = [message for layer in layers if hasattr(layer, "init_state")
-                for message in messages_of(layer, heads, config.dim, sizes, tp if shared else 1).items()]  # fmt: skip
-    options = {name: sum(number for other, number in messages if other == name) for name, _ in messages}
-    return Part(
-        numbers_of([residual], seen), cut, experts, flops, kept, products, mixing, shared or tp == 1, routed=routed, **options
-    )
+    return None if None in cuts else cuts
 
 
 def messages_of(mixer: nn.Module, heads: dict, dim: int, sizes: dict[str, int], tp: int) -> dict[str, int]:

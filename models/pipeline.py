@@ -16,7 +16,6 @@ from models.language_model import LanguageModel
 from nn.checks import at_least
 from nn.objective import IGNORED
 from nn.parallel.shares import local
-from nn.spec import build
 
 
 def gpipe() -> tuple[str, int]:
@@ -110,11 +109,19 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: LanguageModel, mesh: DeviceMesh, kind: str, rows: int, parts: int, shard: Callable, autocast: Callable
+        self,
+        model: LanguageModel,
+        mesh: DeviceMesh,
+        schedule: tuple[str, int],
+        *,
+        rows: int,
+        parts: int,
+        shard: Callable[[Stage], nn.Module],
+        autocast: Callable,
     ):
         from torch.distributed import pipelining  # which imports the compiler: only who has a pipeline waits for that
 
-        name, many = build(kind, PIPELINES, "pipeline")
+        name, many = schedule
         size, rank = mesh.size(), mesh.get_local_rank()
         if parts < size:
             raise ValueError(f"accumulate: a pipeline of {size} processes needs at least {size} parts of a step, not {parts}")

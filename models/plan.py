@@ -135,7 +135,8 @@ def shares(parts: list[Part], run: Run) -> list[Share]:
     stages, tp, ep = (run.sizes[axis] for axis in ("pp", "tp", "ep"))
     if stages > len(layers):
         raise ValueError(f"mesh: pp={stages} cannot share out {len(layers)} sublayers")
-    bounds, found = [len(layers) * i // stages for i in range(stages + 1)], []
+    size, more = divmod(len(layers), stages)
+    bounds, found = [i * size + min(i, more) for i in range(stages + 1)], []
     for i in range(stages):
         mine, ends = layers[bounds[i] : bounds[i + 1]], [first] * (i == 0) + [last] * (i == stages - 1)
         own = [part.parameters - part.cut * (1 - 1 / tp) - part.experts * (1 - 1 / ep) for part in mine]
@@ -245,9 +246,7 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
         add(every, "all-gather", forward * row)
         add(every, "reduce-scatter", row)
         add("ulysses", "all-to-all", passes * all_to_all(stream * part.exchanged, sizes["ulysses"]))
-        add(
-            "ulysses" if sizes["ring"] == 1 else "ring", "all-to-all", passes * all_to_all(stream * part.scanned, run.positions)
-        )
+        add(every, "all-to-all", passes * all_to_all(stream * part.scanned, run.positions))
         add("ring", "send", (passes + 4 / ACTIVATION) * pass_round(stream * part.passed, sizes["ring"]))
         add("ep", "all-to-all", 2 * passes * all_to_all(stream * part.routed, sizes["ep"]))
     whole = sum(part.parameters - part.cut for part in (*share.layers, *share.ends))

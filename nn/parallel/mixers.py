@@ -106,8 +106,9 @@ def share_sequence(model: nn.Module, group: dist.ProcessGroup, *, ring: int = 1)
 
     The model's `forward` then takes whole rows on every process, and gives logits, or the sum of losses, of the process's own
     positions. Parameters stay whole, keep their names, and get the gradient of the own positions: that of the row is the SUM
-    over the group. Feed-forward layers do not notice; a mixture of experts routes, bounds and balances the own tokens.
-    To be called before anything that cuts layers. ValueError for heads or places that do not divide.
+    over the group. Feed-forward layers do not notice; a mixture of experts routes and bounds the own tokens, and balances them
+    by themselves too, unless its scope is global. To be called before anything that cuts layers. ValueError for heads or places
+    that do not divide.
     """
     size = dist.get_world_size(group)
     if ring < 1 or size % ring:

@@ -16,6 +16,17 @@ def join_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after one of the run's had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def lost_touch(error: RuntimeError) -> bool:
+    """Whether an error says that another process no longer answers."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo/transport" in words or "onnection reset" in words or "roken pipe" in words
+
+
 def leave_processes(world: int) -> None:
     if world > 1:
         dist.barrier()

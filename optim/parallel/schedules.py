@@ -8,7 +8,7 @@ forward (F) and backward (B) passes. How long a rank idles, beside the time it w
     gpipe          all F, then all B                        (p - 1) / m        Huang et al. 2018, arXiv:1811.06965
     1f1b           a B as soon as there is one              (p - 1) / m        Narayanan et al. 2021, arXiv:2104.04473
     interleaved    the same with v > 1 stages a rank        (p - 1) / (v m)    the same, section 2.2
-    breadth-first  stage by stage, each of all m            (p - 1) / (v m)    Lamy-Poirier 2021, arXiv:2106.02679; and
+    looped         stage by stage, each of all m            (p - 1) / (v m)    Lamy-Poirier 2021, arXiv:2106.02679; and
                                                                                2022, arXiv:2211.05953 (for m >= p)
 
 The last is layered gradient accumulation: a rank is done with a stage for all micro-batches before it begins the next, so that
@@ -68,7 +68,7 @@ def interleaved(ranks: int, micro_batches: int, chunks: int) -> list[Order]:
     return [alternating(passes("F", rank), passes("B", rank), first[rank]) for rank in range(ranks)]
 
 
-def breadth_first(ranks: int, micro_batches: int, chunks: int, placement: str = "modular") -> list[Order]:
+def looped(ranks: int, micro_batches: int, chunks: int, placement: str = "modular") -> list[Order]:
     """`modular`: stage s on rank s mod p; `contiguous`: stages v r to v (r + 1) - 1 on rank r, waiting for rank r - 1."""
     orders = []
     for rank in range(ranks):
@@ -83,9 +83,9 @@ SCHEDULES: dict[str, Callable[..., list[Order]]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
-    "breadth-first": breadth_first,
+    "looped": looped,
 }
-CHUNKED = ("interleaved", "breadth-first")
+CHUNKED = ("interleaved", "looped")
 
 
 def make_orders(schedule: str, ranks: int, micro_batches: int, chunks: int = 1, placement: str = "modular") -> list[Order]:
@@ -102,7 +102,7 @@ def make_orders(schedule: str, ranks: int, micro_batches: int, chunks: int = 1, 
     if placement == "contiguous" and schedule == "interleaved":
         raise ValueError("placement: interleaved has its stages in modular placement")
     options = dict(chunks=chunks) if schedule in CHUNKED else {}
-    options |= dict(placement=placement) if schedule == "breadth-first" else {}
+    options |= dict(placement=placement) if schedule == "looped" else {}
     return SCHEDULES[schedule](ranks, micro_batches, **options)
 
 
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", "--stages", type=int, default=4, metavar="N", help="p, ranks of the pipeline [4]")
     parser.add_argument("--micro-batches", type=int, default=8, metavar="N", help="m, parts of a step's batch [8]")
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="v, stages a rank [1]")
-    parser.add_argument("--placement", default="modular", help="modular or contiguous, of breadth-first [modular]")
+    parser.add_argument("--placement", default="modular", help="modular or contiguous, of looped [modular]")
     parser.add_argument("--backward", type=float, default=2.0, metavar="X", help="time of B, that of F being 1 [2]")
     parser.add_argument("--latency", type=float, default=0.0, metavar="X", help="time between ranks [0]")
     parser.add_argument("--picture", metavar="FILE", help="draw it into this file too")

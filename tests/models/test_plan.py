@@ -187,7 +187,7 @@ def test_selective_keeps_the_products():
 
 
 def utilisation(mesh: str, hardware: str = "h100", options=None, **words) -> float:
-    big = dict(model="llama-1b", seq_len=2048, depth=4) | (options or {})
+    big = dict(model="llama-1b", seq_len=2048, depth=2) | (options or {})
     config, sizes = Config.of(**big), parse_mesh(mesh)
     return predict(parts_of(config, sizes), Run(sizes, config.dim, config.seq_len, **words), HARDWARE[hardware])[1]
 
@@ -212,7 +212,7 @@ def test_an_axis_is_as_fast_as_its_longest_link():
     assert rate_of("pp", parse_mesh("pp=8"), h100) == h100.link
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_no_plan_is_better_than_the_hardware(data):
     sizes = {axis: data.draw(st.sampled_from([1, 2, 4])) for axis in ("pp", "dp", "fsdp", "ring", "ulysses", "tp")}
@@ -238,7 +238,7 @@ def test_no_plan_is_better_than_the_hardware(data):
 def test_seventy_billion_parameters_are_planned_without_memory(capsys):
     assert main(["--model", "llama-70b", "--mesh", "fsdp=64,tp=8", "--seq-len", "8192", "--hardware", "h100"]) == 0
     plain, _, plan_lines = capsys.readouterr().out.partition("\n\nfsdp=64,tp=8: 512 ranks, a step of 64 x 8,192 tokens\n\n")
-    assert "70,553,706,496" in plain and plain == describe(Config.of(model="llama-70b", seq_len=8192))
+    assert "70,553,706,496" in plain
     numbers = {
         line[:28].strip(): float(line[28:].split()[0].strip("%").replace(",", "")) for line in plan_lines.split("\n") if line
     }
@@ -248,6 +248,15 @@ def test_seventy_billion_parameters_are_planned_without_memory(capsys):
     assert numbers["tp all-gather"] == 160 * 2 * 2 * 8192 * 8192 * 7 / 8
     assert numbers["together"] == sum(numbers[name] for name in ("weights", "gradients", "optimizer", "activations", "buffers"))
     assert 0 < numbers["h100"] < 100 and "h200" not in plan_lines
+
+
+def test_without_a_mesh_nothing_is_planned(capsys):
+    for mesh in ([], ["--mesh", "dp=1"]):
+        assert main(["--model", "llama-1m", *mesh]) == 0
+        text = describe(Config.of(model="llama-1m"))
+        printed = capsys.readouterr().out
+        assert printed.startswith(text + "\n") and ("one rank: 1 ranks" in printed) == bool(mesh)
+        assert (printed == text + "\n") == (not mesh)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +269,7 @@ def test_seventy_billion_parameters_are_planned_without_memory(capsys):
         ("--mesh ulysses=8", "mesh: ulysses=8 cannot share out 4 heads of a rank evenly"),
         ("--mesh ring=3", "mesh: 256 tokens of a row cannot be shared out in 6 parts evenly"),
         ("--mesh ep=3 --ffn moe:experts=4", "mesh: ep=3 cannot share out 4 experts evenly"),
+        ("--mesh ep=2,tp=2 --ffn moe:experts=4", "mesh: ep goes together with dp, ring, ulysses, not with tp=2"),
         ("--mesh dp=2 --zero 5", "zero: a stage from 0 to 3, not 5"),
         ("--mesh dp=2 --rows 0", "rows: at least 1, not 0"),
         ("--mesh dp=2 --micro-batches -1", "micro_batches: at least 1, not -1"),

@@ -25,13 +25,14 @@ MODELS = {
     "hybrid": dict(mixer="mamba2:state=6:head_dim=16,gqa+mlp,mamba2:state=3:head_dim=8:groups=2:conv_bias=false", depth=3),
     "others": dict(mixer="mla,tpa+mlp,moa:experts=4:top_k=2:balance=0:z=0,mamba:state=3,gla,longformer:window=4,mhe", depth=7,
                    ffn="none,moe:experts=4:top_k=2:width=12:balance=0:z=0"),
+    "experts": dict(mixer="gqa:kv_heads=2", ffn="moe:experts=4:top_k=2:width=12:balance=1:z=0.1:scope=global"),
     "small": dict(model="small", dim=32, vocab_size=V, seq_len=T, stem="ngram:n=3:rows=50"),
     "biased": dict(mixer="gqa:kv_heads=2:window=9:sinks=true", position="t5:buckets=8:max_distance=20"),
 }  # fmt: skip
 
 
 ALWAYS = [("gqa", True), ("alibi", False), ("hybrid", True)]
-OF_FOUR = {1: ALWAYS, 2: [*ALWAYS, ("encoder", False), ("small", False)], 4: ALWAYS}  # by the ring's places
+OF_FOUR = {1: ALWAYS, 2: [*ALWAYS, ("encoder", False), ("small", False), ("experts", True)], 4: ALWAYS}  # by the ring's places
 OF_TWO = [[("gqa", False), ("alibi", True), ("hybrid", False), ("small", True), ("encoder", False)], [("others", True)]]
 
 

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from optim import Lamb
+from optim.lamb import lengths
+from optim.sharded import local
 
 
 def main() -> None:
@@ -35,7 +37,8 @@ def main() -> None:
         many.step()
     for p, q in zip(whole, parts, strict=True):
         full = q.full_tensor() if hasattr(q, "full_tensor") else q
-        torch.testing.assert_close(full, p, rtol=1e-12, atol=1e-12, check_dtype=False)
+        torch.testing.assert_close(full, p, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lengths([local(q)], [q])[0], p.norm(), rtol=1e-12, atol=0)
     if dist.get_rank() == 0:
         print("equal")
     dist.destroy_process_group()

@@ -35,7 +35,7 @@ def forward_passes(orders):
 def test_bubbles(ranks, micro_batches, chunks, backward):
     """Whatever a backward pass takes; also of the chunked schedules with a single chunk."""
     for schedule in SCHEDULES:
-        v = chunks if schedule in ("interleaved", "breadth-first") else 1
+        v = chunks if schedule in ("interleaved", "looped") else 1
         spans = simulate(make_orders(schedule, ranks, micro_batches, v), 1.0, backward)
         expected = (ranks - 1) / (v * micro_batches)
         assert bubble(spans) == pytest.approx(expected, abs=1e-12), schedule
@@ -48,11 +48,11 @@ def test_bubbles(ranks, micro_batches, chunks, backward):
 )
 def test_modular_placement_shortens_the_forward_passes(layers, ranks, micro_batches, modular, contiguous):
     """Lamy-Poirier 2021, section 4: m L / p + p - 1 times that of a layer, instead of (m + p - 1) L / p."""
-    looped = forward_passes(make_orders("breadth-first", ranks, micro_batches, layers // ranks))
+    looped = forward_passes(make_orders("looped", ranks, micro_batches, layers // ranks))
     assert total_time(simulate(looped)) == modular == micro_batches * layers // ranks + ranks - 1
     blocks = forward_passes(make_orders("gpipe", ranks, micro_batches))
     assert total_time(simulate(blocks, layers / ranks)) == contiguous == (micro_batches + ranks - 1) * layers // ranks
-    waiting = forward_passes(make_orders("breadth-first", ranks, micro_batches, layers // ranks, "contiguous"))
+    waiting = forward_passes(make_orders("looped", ranks, micro_batches, layers // ranks, "contiguous"))
     assert total_time(simulate(waiting)) == layers // ranks * micro_batches + (ranks - 1) * (
         micro_batches * (layers // ranks - 1) + 1
     )
@@ -61,9 +61,9 @@ def test_modular_placement_shortens_the_forward_passes(layers, ranks, micro_batc
 @every_pipeline
 def test_what_is_remembered(ranks, micro_batches, chunks):
     peaks = {schedule: [held(order) for order in make_orders(schedule, ranks, micro_batches)] for schedule in SCHEDULES}
-    assert peaks["gpipe"] == peaks["breadth-first"] == [micro_batches] * ranks
+    assert peaks["gpipe"] == peaks["looped"] == [micro_batches] * ranks
     assert peaks["1f1b"] == [min(micro_batches, ranks - rank) for rank in range(ranks)]
-    looped = make_orders("breadth-first", ranks, micro_batches, chunks)
+    looped = make_orders("looped", ranks, micro_batches, chunks)
     assert [held(order) for order in looped] == [micro_batches * chunks] * ranks
     alternating = [held(order) for order in make_orders("interleaved", ranks, micro_batches, chunks)]
     most = [(chunks - 1) * ranks + 2 * (ranks - 1 - rank) + 1 for rank in range(ranks)]
@@ -80,7 +80,7 @@ def test_a_schedule_is_compared_with_fewer_micro_batches_than_ranks():
 @pytest.mark.parametrize("layers, micro_batches", [(1, 4), (3, 5), (6, 2)])
 def test_layered_accumulation_gathers_twice_and_sums_once(layers, micro_batches):
     """A single rank: each layer's weights twice and its gradient once a step, instead of 2 m and m times."""
-    (layered,) = make_orders("breadth-first", 1, micro_batches, layers)
+    (layered,) = make_orders("looped", 1, micro_batches, layers)
     assert gathers(layered) == 2 * layers
     assert reductions(layered) == layers
     plain = []
@@ -101,7 +101,7 @@ def torch_order(schedule, rank, ranks, micro_batches, chunks):
             pytest.skip("this PyTorch does not write down the order")
         order = cls._get_pipeline_order(SimpleNamespace(_num_stages=ranks, _n_microbatches=micro_batches))[rank]
     else:
-        cls = theirs.ScheduleLoopedBFS if schedule == "breadth-first" else theirs.ScheduleInterleaved1F1B
+        cls = theirs.ScheduleLoopedBFS if schedule == "looped" else theirs.ScheduleInterleaved1F1B
         own = SimpleNamespace(
             _stages=[None] * chunks, n_local_stages=chunks, pp_group_size=ranks, _n_microbatches=micro_batches,
             number_of_rounds=micro_batches // ranks, microbatches_per_round=ranks,
@@ -115,7 +115,7 @@ def torch_order(schedule, rank, ranks, micro_batches, chunks):
 @every_pipeline
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_orders_are_those_of_pytorch(schedule, ranks, micro_batches, chunks):
-    chunks = chunks if schedule in ("interleaved", "breadth-first") else 1
+    chunks = chunks if schedule in ("interleaved", "looped") else 1
     for rank, order in enumerate(make_orders(schedule, ranks, micro_batches, chunks)):
         expected = torch_order(schedule, rank, ranks, micro_batches, chunks)
         if schedule == "1f1b" and rank == ranks - 1:  # PyTorch writes its last rank's forward passes as 1 to m
@@ -129,9 +129,9 @@ def test_every_timeline_keeps_its_order_and_its_needs(data):
     schedule, placement = data.draw(st.sampled_from([*SCHEDULES])), "modular"
     ranks, chunks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     micro_batches = data.draw(st.integers(1, 7)) * (ranks if schedule == "interleaved" else 1)
-    if schedule == "breadth-first":
+    if schedule == "looped":
         placement = data.draw(st.sampled_from(["modular", "contiguous"]))
-    chunks = chunks if schedule in ("interleaved", "breadth-first") else 1
+    chunks = chunks if schedule in ("interleaved", "looped") else 1
     forward, backward, latency = (data.draw(st.sampled_from(times)) for times in ((1.0, 0.3), (2.0, 0.5), (0.0, 0.25)))
     orders = make_orders(schedule, ranks, micro_batches, chunks, placement)
     stages = ranks * chunks
@@ -171,13 +171,13 @@ def test_orders_that_never_finish_say_where():
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        (("zigzag", 2, 2), "schedule: there is no 'zigzag'; there are gpipe, 1f1b, interleaved, breadth-first"),
+        (("zigzag", 2, 2), "schedule: there is no 'zigzag'; there are gpipe, 1f1b, interleaved, looped"),
         (("gpipe", 0, 2), "ranks: at least 1, not 0"),
         (("gpipe", 2, -1), "micro_batches: at least 1, not -1"),
         (("interleaved", 4, 6, 2), "micro_batches: interleaved needs a multiple of the 4 ranks, not 6"),
-        (("1f1b", 4, 8, 2), "chunks: 1f1b has one stage a rank; more are for interleaved and breadth-first"),
+        (("1f1b", 4, 8, 2), "chunks: 1f1b has one stage a rank; more are for interleaved and looped"),
         (("interleaved", 4, 8, 2, "contiguous"), "placement: interleaved has its stages in modular placement"),
-        (("breadth-first", 4, 8, 2, "odd"), "placement: modular or contiguous, not 'odd'"),
+        (("looped", 4, 8, 2, "odd"), "placement: modular or contiguous, not 'odd'"),
     ],
 )
 def test_bad_input_is_one_line(words, complaint, capsys):
