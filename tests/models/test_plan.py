@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from models import Config, LanguageModel
 from models.describe import activation_bytes, describe, forward_flops, kept_bytes, main
-from models.hardware import HARDWARE, predict, rate_of
+from models.hardware import HARDWARE, predict, rate_of, seconds
 from models.parts import parts_of
-from models.plan import Part, Run, all_gather, all_reduce, all_to_all, model_state_bytes, pass_round, plan
+from models.plan import Part, Run, Stage, all_gather, all_reduce, all_to_all, model_state_bytes, pass_round, plan
 from nn.parallel.mesh import parse_mesh
 
 TINY = dict(vocab_size=31, dim=32, heads=4, depth=4, seq_len=64)
@@ -55,6 +55,18 @@ def test_zero_sends_what_it_says(zero, traffic):
     parameters = sum(part.parameters for part in parts)
     assert sum(stage.sent.values()) == pytest.approx(traffic * 2 * parameters * 7 / 8)
     assert {name: stage.bytes[name] for name in ("weights", "gradients", "optimizer")} == model_state_bytes(parameters, 8, zero)
+
+
+def test_shards_send_weights_twice_and_gradients_once_a_micro_batch():
+    """3 P a micro-batch, less what the ends, which stay gathered between the passes, save."""
+    parts, run = make({}, "fsdp=4", micro_batches=3)
+    ends, layers = parts[0].parameters + parts[-1].parameters, sum(part.parameters for part in parts[1:-1])
+    assert plan(parts, run)[0].sent == {
+        "fsdp all-gather": pytest.approx(3 * 2 * (2 * layers + ends) * 3 / 4),
+        "fsdp reduce-scatter": pytest.approx(3 * 2 * (layers + ends) * 3 / 4),
+    }
+    parts, run = make({}, "dp=4", micro_batches=3)
+    assert plan(parts, run)[0].sent == {"dp all-reduce": pytest.approx(3 * 2 * 2 * (layers + ends) * 3 / 4)}
 
 
 def test_collectives():
@@ -105,6 +117,16 @@ def test_all_ranks_together_hold_the_model(options, mesh, copies):
     twice = config.vocab_size * config.dim if config.tie else 0
     experts = sum(part.experts for part in parts)
     assert weights == pytest.approx((numel(config) - experts + twice) * copies + experts * copies / run.sizes["ep"])
+
+
+@pytest.mark.parametrize("mesh", ["ep=4", "ep=2,dp=2", "dp=4", "fsdp=2,dp=2"])
+def test_nothing_is_held_twice_at_stage_3(mesh):
+    """Of copies that share the parameters out, each number is on one rank: experts on one of those that have them."""
+    options = dict(mixer="gqa", ffn="moe:experts=4:top_k=2:width=24")
+    parts, run = make(options, mesh, zero=3)
+    held = plan(parts, run)[0].bytes
+    states = held["weights"] + held["gradients"] + held["optimizer"]
+    assert 4 * states == pytest.approx(16 * numel(Config.of(**TINY | options)))
 
 
 def test_tensor_parallelism_holds_its_cuts():
@@ -159,7 +181,9 @@ def test_ulysses_sends_as_much_when_ranks_and_tokens_grow_together():
         assert sent_of(f"ulysses={ranks}", "ulysses all-to-all", 64 * ranks, whole) == pytest.approx(expected)
         assert sent_of(f"ring={ranks}", "ring send", 64 * ranks, whole) == pytest.approx(4 * 2 * 64 * 64 * 2 * (ranks - 1))
         assert sent_of(f"tp={ranks}", "tp all-gather", 64 * ranks, whole) == pytest.approx(2 * 2 * 64 * 64 * 2 * (ranks - 1))
-    assert sent_of("ulysses=8", "ulysses all-to-all", 512) > sent_of("ulysses=4", "ulysses all-to-all", 256)  # of 4 key heads
+    for ranks, heads in ((4, 4), (8, 8)):  # of 4 key heads of width 4, each is sent to whoever needs it
+        expected = 2 * 64 * 2 * 4 * (16 + heads) * 2 * (ranks - 1) / ranks
+        assert sent_of(f"ulysses={ranks}", "ulysses all-to-all", 64 * ranks) == pytest.approx(expected)
 
 
 def test_what_is_run_again_trades_work_for_memory():
@@ -202,6 +226,15 @@ def test_predictions_are_ordered_as_they_must_be():
     assert utilisation("fsdp=8", backprop="checkpoint", rows=8) < utilisation("fsdp=8", rows=8)
     assert utilisation("fsdp=8") <= utilisation("fsdp=8", "h200")  # more memory bandwidth
     assert utilisation("fsdp=8", "a100", rows=4) > utilisation("fsdp=8", rows=4)  # slower products wait less
+
+
+def test_the_time_of_a_step_by_hand():
+    """One second of products, one of memory, one of tp's messages, 7 of the copies', and a bubble of 1 / 4."""
+    h100, sizes = HARDWARE["h100"], parse_mesh("pp=2,dp=4,tp=2")
+    stage = Stage({}, {"tp all-gather": h100.link, "dp all-reduce": 7 * h100.link}, h100.flops, h100.memory_rate)
+    run = Run(sizes, 1, 1, micro_batches=4)
+    assert seconds([stage], run, h100) == pytest.approx((1 + 1 + 1) * 5 / 4 + 7 - 2)
+    assert seconds([stage._replace(flops=9 * h100.flops), stage], run, h100) == pytest.approx(11 * 5 / 4)
 
 
 def test_an_axis_is_as_fast_as_its_longest_link():
