@@ -56,7 +56,7 @@ from nn.parallel.mesh import share_of_rows, sizes_of
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
-from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, lost_touch, restarted, summed
+from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, lost_touch, restarts, summed
 from optim.parallel.whole_state import WholeState
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             if {"tokenizer", "val_data"} & flags.keys():
                 raise ValueError("tokenizer, val_data: a task has words and validation rows of its own")
             flags = dict(seq_len=task.seq_len) | flags
-        if restarted() and checkpoints(Path(flags.get("out", ""))):
+        if restarts() and checkpoints(Path(flags.get("out", ""))):
             place = flags["out"]
         if place is not None:
             resumed = find(Path(place))

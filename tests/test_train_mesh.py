@@ -80,24 +80,22 @@ def test_a_wrong_mesh_is_one_line_and_status_2(flags, part, tmp_path, text, caps
 
 def test_a_killed_process_ends_the_run_and_a_restart_ends_as_if_nothing_had_been(tmp_path, text):
     """SIGKILL in the middle of a step: the others leave in a line each, and torchrun goes on from the last checkpoint."""
-    flags = [*TINY, "--data", text, "--steps", "30", "--save-every", "5", "--keep", "2", "--mesh", "fsdp=2"]
+    flags = [*TINY, "--data", text, "--steps", "80", "--save-every", "5", "--keep", "2", "--mesh", "fsdp=2"]
     status, said = ended(start(2, *flags, "--out", str(tmp_path / "whole")))
     assert status == 0, said[-3000:]
-    for restarts in (0, 1):
-        folder = tmp_path / f"killed{restarts}"
-        process = start(2, *flags, "--out", str(folder), before=["--max-restarts", str(restarts)])
-        for _ in range(2000):
-            if checkpoints(folder) or process.poll() is not None:
-                break
-            time.sleep(0.02)
-        victim = max(workers(process.pid))
-        os.kill(victim, signal.SIGKILL)
-        status, said = ended(process)
-        for path in checkpoints(folder):
-            verify(path)
-        assert "lost touch with another" in said and f"exitcode: -9) local_rank: 1 (pid: {victim})" in said, said[-3000:]
-        assert (status == 0) == bool(restarts), said[-3000:]
-    assert losses(tmp_path / "killed1") == losses(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    process = start(2, *flags, "--out", str(folder), before=["--max-restarts", "1"])
+    for _ in range(4000):
+        if checkpoints(folder) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    victim = max(workers(process.pid))
+    os.kill(victim, signal.SIGKILL)
+    status, said = ended(process)
+    assert f"exitcode: -9) local_rank: 1 (pid: {victim})" in said, said[-3000:]
+    assert "Traceback" not in said and "train.py: process 0 lost touch with another" in said, said[-3000:]
+    assert status == 0 and losses(folder) == losses(tmp_path / "whole")
+    verify(checkpoints(folder)[-1])
 
 
 def workers(parent: int) -> list[int]:

@@ -25,6 +25,7 @@ from nn.context import Context
 from nn.ffn import GLU, MLP
 from nn.linear import cast_once
 from nn.moe.moe import MoE
+from nn.parallel.mixers import WholeRow
 from nn.parallel.sequence import Sequence
 from nn.position.none import NoPosition
 from nn.ssm.mamba2 import Mamba2
@@ -109,16 +110,6 @@ class TensorParallel:
         own = {name: given[name].to_local() for name in self.along}
         own |= {name: given[name].index_select(0, rows.to(given[name].device)) for name, rows in self.rows.items()}
         return own | {name: given[name] / self.size for name in self.once}
-
-
-class WholeRow:
-    """The branch of a sublayer that cannot be shared out: every rank computes the row and keeps its own positions."""
-
-    def __init__(self, branch: Callable[[Tensor, Context], Tensor], sequence: Sequence):
-        self.branch, self.sequence = branch, sequence
-
-    def __call__(self, x: Tensor, context: Context) -> Tensor:
-        return self.sequence.part(self.branch(self.sequence.whole(x), context.whole))
 
 
 def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:

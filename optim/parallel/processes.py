@@ -12,13 +12,16 @@ def join_processes() -> tuple[int, int]:
     """(rank, number of processes) as torchrun set them; (0, 1) without it."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    if count := restarts():  # what processes said of themselves before they died must not be read again
+        store = dist.PrefixStore(f"restart {count}", store)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world)
     return dist.get_rank(), dist.get_world_size()
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process anew after one of the run's had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started all processes of the run anew, one of them having died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def lost_touch(error: RuntimeError) -> bool:

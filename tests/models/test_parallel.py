@@ -49,7 +49,8 @@ def test_a_mesh_is_read_in_the_order_of_its_axes():
 
 @pytest.mark.parametrize("text, part", [
     ("xp=2", "there is no axis 'xp'"), ("tp", "'tp' has no size"), ("tp=0", "no size"), ("tp=-1", "no size"),
-    ("tp=2.5", "no size"), ("tp=2,tp=2", "named twice"), ("tp=2", "tp=2 needs 2 processes, but there are 4"), ("tp=2,pp=4", "needs 8 processes"),
+    ("tp=2.5", "no size"), ("tp=2,tp=2", "named twice"), ("tp=2", "tp=2 needs 2 processes, but there are 4"),
+    ("tp=2,pp=4", "needs 8 processes"),
 ])  # fmt: skip
 def test_a_wrong_mesh_is_one_clear_line(text, part):
     with pytest.raises(ValueError, match="^mesh: ") as error:
