@@ -40,7 +40,7 @@ from models.generate import Sampler, generate
 from models.heads import HEADS
 from models.learn_only import learn_only
 from models.log import Log, draw_curve
-from models.machine import autocast, choose_device, choose_dtype, matmul_peak, tune_cpu
+from models.machine import autocast, choose_device, choose_dtype, generators, matmul_peak, set_generators, tune_cpu
 from models.parallel import Spread
 from models.pipeline import PIPELINES
 from models.score import answered, bits_per_byte, posed, worked_example
@@ -302,24 +302,13 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     return Combined(make(params, **given) for make, params, given in made if params)
 
 
-def generators() -> dict[str, torch.Tensor]:
-    """The states of PyTorch's random number generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
 def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
     whole.load_optimizer_state(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))
     loader.load_state_dict(progress["loader"])
     scaler.load_state_dict(progress["scaler"])
-    states = read_tensors(folder / "generators.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    set_generators(read_tensors(folder / "generators.safetensors"))
     return progress["step"], progress["elapsed"]
 
 

@@ -61,6 +61,21 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def generators() -> dict[str, torch.Tensor]:
+    """The states of PyTorch's random number generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generators(states: dict[str, torch.Tensor]) -> None:
+    """Go on drawing where `generators` gave these."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def tune_cpu() -> None:
     """Two habits for long numeric programs on a CPU; to be called before the first large operation.
 
