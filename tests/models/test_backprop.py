@@ -1,10 +1,5 @@
 """Every strategy gives the gradients of a plain backward pass, keeps what it says, and leaves nothing else different."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,8 +21,8 @@ from nn.context import Context
 from nn.norm import NORMS
 from nn.spec import build
 from tests.models.drawn import drawn
+from tests.processes import printed_by
 
-ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in BACKPROPS if name != "plain"]
 RECURRENCES = {"s4d", "mamba", "mamba2", "discrete_mamba2", "linear", "retention", "lightning", "cosformer2", "gla", "hgrn2",
                "delta", "gated_delta", "atlas", "lstm", "longconv"}  # fmt: skip
@@ -250,11 +245,8 @@ def test_a_window_bounds_what_attention_holds():
 
 
 def test_data_parallel_processes_equal_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
-    done = subprocess.run([*command, "-m", "tests.models.backprop_processes"], **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["checkpoint fsdp", "selective ddp", "stream:chunks=3 ddp", "stream:chunks=3 fsdp"]
+    lines = printed_by(2, "tests.models.backprop_processes")
+    assert lines == ["checkpoint fsdp", "selective ddp", "stream:chunks=3 ddp", "stream:chunks=3 fsdp"]
 
 
 def test_a_run_resumes_bit_for_bit_and_is_that_of_a_plain_one(tmp_path, monkeypatch):

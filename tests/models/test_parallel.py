@@ -1,15 +1,10 @@
 """A model on any mesh learns what one process learns: losses, norms, parameters after ten steps of Muon and AdamW, float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from nn.parallel.mesh import AXES, parse_mesh, share_of_rows, sizes_of
+from tests.processes import printed_by
 
-ROOT = Path(__file__).parents[2]
 MESHES = {  # processes: meshes, each with its schedule and the models of spread_processes.py
     2: ["dp=2", "fsdp=2/gqa+others", "tp=2/gqa+hybrid+experts+others", "pp=2/gqa+experts", "pp=2@looped/hybrid",
         "pp=2@interleaved/gqa", "pp=2@gpipe/others", "ulysses=2", "ring=2", "ep=2/experts"],
@@ -20,25 +15,19 @@ MESHES = {  # processes: meshes, each with its schedule and the models of spread
 
 @pytest.mark.parametrize("processes", MESHES)
 def test_every_mesh_equals_one_process(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=400)
-    done = subprocess.run([*command, "-m", "tests.models.spread_processes", *MESHES[processes]], **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [line.split() for line in done.stdout.splitlines()]
+    lines = printed_by(processes, "tests.models.spread_processes", *MESHES[processes])
+    found = [line.split() for line in lines]
     models = {mesh: mesh.partition("/")[2].split("+") if "/" in mesh else ["gqa", "hybrid"] for mesh in MESHES[processes]}
     assert [tuple(line[:2]) for line in found] == [(mesh, name) for mesh, names in models.items() for name in names]
-    assert all(float(worst) < 1e-9 for *_, worst in found), done.stdout
+    assert all(float(worst) < 1e-9 for *_, worst in found), lines
 
 
 def test_what_is_saved_on_one_mesh_goes_on_on_another():
     """Bit for bit the same weights and optimizer state when they are put together again, and the same next steps."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
     changes = ["tp=2,dp=2>fsdp=4", "fsdp=4>pp=2,tp=2", "pp=2,tp=2>dp=4", "dp=4>ring=2,fsdp=2"]
-    done = subprocess.run([*command, "-m", "tests.models.spread_processes", *changes], **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split()[:3] for line in done.stdout.splitlines()] == [[change, "hybrid", "0.0e+00"] for change in changes]
-    assert all(float(line.split()[3]) < 1e-9 for line in done.stdout.splitlines()), done.stdout
+    lines = printed_by(4, "tests.models.spread_processes", *changes)
+    assert [line.split()[:3] for line in lines] == [[change, "hybrid", "0.0e+00"] for change in changes]
+    assert all(float(line.split()[3]) < 1e-9 for line in lines), lines
 
 
 def test_a_mesh_is_read_in_the_order_of_its_axes():

@@ -1,10 +1,5 @@
 """ZeRO: the same parameters as one process at each stage, a share of the bytes, and no more sent than the paper says."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +8,7 @@ from torch import nn
 
 from optim import AdamW
 from optim.parallel.zero import Zero, held_bytes
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import printed_by
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,11 +27,8 @@ def test_the_table_of_the_paper():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_equal_one(ranks):
     """See tests/optim/zero_processes.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
-    done = subprocess.run([*command, "-m", "tests.optim.zero_processes"], **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"{ranks} ranks\n"
+    lines = printed_by(ranks, "tests.optim.zero_processes")
+    assert lines == [f"{ranks} ranks"]
 
 
 class Layers(nn.Module):
