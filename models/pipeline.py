@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.auxiliary import auxiliary_loss
+from models.backprop import Plain, backprop
 from models.language_model import LanguageModel
 from nn.checks import at_least
 from nn.objective import IGNORED
@@ -65,8 +66,9 @@ class Stage(nn.Module):
         with self.autocast():
             context = model.context(tokens, documents, None)
             x = model.embedded(context) if self.first else x
+            through = backprop(model.config.backprop) if torch.is_grad_enabled() else Plain()
             for sublayer in self.stack.values():
-                x = sublayer(x, context)
+                x = through(sublayer, x, context)
             if self.last:
                 return model.loss(x, targets)[None] * self.scale
             auxiliary = auxiliary_loss(self.stack.values(), no_costs)

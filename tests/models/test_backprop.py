@@ -1,5 +1,10 @@
 """Every strategy gives the gradients of a plain backward pass, keeps what it says, and leaves nothing else different."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +26,8 @@ from nn.context import Context
 from nn.norm import NORMS
 from nn.spec import build
 from tests.models.drawn import drawn
-from tests.processes import printed_by
 
+ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in BACKPROPS if name != "plain"]
 RECURRENCES = {"s4d", "mamba", "mamba2", "discrete_mamba2", "linear", "retention", "lightning", "cosformer2", "gla", "hgrn2",
                "delta", "gated_delta", "atlas", "lstm", "longconv"}  # fmt: skip
@@ -60,8 +65,11 @@ def assert_same(ours: LanguageModel, plain: LanguageModel) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0, msg=name)
     for one, other in zip(ours.modules(), plain.modules(), strict=True):
         assert vars(one).keys() == vars(other).keys() and getattr(one, "auxiliary", None) is None
-        for counts in ("counts", "taken"):
-            a, b = getattr(one, counts, None), getattr(other, counts, None)
+        assert getattr(one, "taken", None) is None
+        for owner, counts in (("self", "counts"), ("balance_loss", "buffer")):
+            a, b = (
+                getattr(module if owner == "self" else getattr(module, owner, None), counts, None) for module in (one, other)
+            )
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), (type(one), counts)
 
 
@@ -245,8 +253,11 @@ def test_a_window_bounds_what_attention_holds():
 
 
 def test_data_parallel_processes_equal_one():
-    lines = printed_by(2, "tests.models.backprop_processes")
-    assert lines == ["checkpoint fsdp", "selective ddp", "stream:chunks=3 ddp", "stream:chunks=3 fsdp"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = dict(cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "-m", "tests.models.backprop_processes"], **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["checkpoint fsdp", "selective ddp", "stream:chunks=3 ddp", "stream:chunks=3 fsdp"]
 
 
 def test_a_run_resumes_bit_for_bit_and_is_that_of_a_plain_one(tmp_path, monkeypatch):
