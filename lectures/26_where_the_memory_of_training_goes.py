@@ -152,7 +152,8 @@ print(f"\n{'bytes a token':18} {'kept':>8} {'peak':>8}   longest text   time   (
 for spec in STRATEGIES:
     longest = peak["checkpoint"] / peak[spec]
     print(f"{spec:18} {kept[spec]:8,.0f} {peak[spec]:8,.0f} {longest:13.2f}x {seconds[spec]:5.2f}x")
-assert kept["checkpoint"] < 0.5 * kept["selective"] and kept["selective"] < 0.7 * kept["plain"]
+assert kept["checkpoint"] < 0.5 * kept["selective"]
+assert kept["selective"] < 0.7 * kept["plain"]
 assert kept["stream:chunks=8"] < 1.2 * kept["checkpoint"]  # as many states at the ends of chunks whatever the length
 assert peak["stream:chunks=8"] < peak["stream:chunks=2"] < peak["checkpoint"] < peak["selective"] < peak["plain"]
 assert peak["checkpoint"] > 1.5 * peak["stream:chunks=8"]

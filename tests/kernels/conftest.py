@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"compilations": ["kernels.compile"], "traces": ["tests.kernels.trace_triton"]}  # by the fixture that waits
+COMMANDS = {  # by the fixture that waits
+    "compilations": ["kernels.compile", "--quick"],
+    "traces": ["tests.kernels.trace_triton"],
+}
 LIMIT = 900  # seconds, after which a process hangs
 
 
