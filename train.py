@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     family, place = flags.pop("list"), flags.pop("resume")
     try:
         if family is not None:
-            print(listing(FAMILIES, family))
+            print(listing(FAMILIES, family), flush=True)
             return 0
         task = task_of(flags.get("data", ""))
         if task:
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `--list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a full disk: what was saved before is still there
         print(f"train.py: {error.filename or 'while saving'}: {error.strerror or error}", file=sys.stderr)
         return 1

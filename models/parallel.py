@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.language_model import LanguageModel
 from models.pipeline import PIPELINES, Pipeline
 from nn.moe.expert_parallel import share_experts
+from nn.parallel.cut import cuts, local, sum_of_squares
 from nn.parallel.mixers import share_sequence
-from nn.parallel.shares import cuts, local, sum_of_squares
 from nn.parallel.tensor import share_layers
 from nn.spec import build
 
@@ -33,8 +33,8 @@ class Spread:
     """A model spread over the processes of a mesh, in place, and what then stands for its forward and backward passes.
 
     sizes: of all axes, as `sizes_of` gives them; all 1: one process, for which nothing changes. At first each process has all
-    of the model. A process's `rows` of a step go through a `pipeline` in `parts`;
-    `autocast()` is the context of forward passes. ValueError for what the mesh cannot share out.
+    of the model. A process's `rows` of a step go through a `pipeline` in `parts`; `autocast()` is the context of forward
+    passes. `forward` is what gives the loss in the model's place (dp alone). ValueError for what the mesh cannot share out.
     """
 
     def __init__(

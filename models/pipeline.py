@@ -16,7 +16,7 @@ from models.backprop import Plain, backprop
 from models.language_model import LanguageModel
 from nn.checks import at_least
 from nn.objective import IGNORED
-from nn.parallel.shares import local
+from nn.parallel.cut import local
 
 
 def gpipe() -> tuple[str, int]:
