@@ -39,7 +39,7 @@ from models.distill import MATCHES, with_teacher
 from models.generate import Sampler, generate
 from models.heads import HEADS
 from models.learn_only import learn_only
-from models.log import Log, draw_curve
+from models.log import Log, draw_curve, show
 from models.machine import autocast, choose_device, choose_dtype, generators, matmul_peak, set_generators, tune_cpu
 from models.parallel import Spread
 from models.pipeline import PIPELINES
@@ -74,14 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     family, place = flags.pop("list"), flags.pop("resume")
     try:
         if family is not None:
-            print(listing(FAMILIES, family), flush=True)
-            return 0
+            return show(listing(FAMILIES, family))
         task = task_of(flags.get("data", ""))
         if task:
             if {"tokenizer", "val_data"} & flags.keys():
                 raise ValueError("tokenizer, val_data: a task has words and validation rows of its own")
             flags = dict(seq_len=task.seq_len) | flags
-        if restarts() and checkpoints(Path(flags.get("out", ""))):
+        if restarts() and flags.get("out") and checkpoints(Path(flags["out"])):
             place = flags["out"]
         if place is not None:
             resumed = find(Path(place))
@@ -97,9 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `--list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # a full disk: what was saved before is still there
         print(f"train.py: {error.filename or 'while saving'}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -69,6 +70,15 @@ def read(path: Path) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"{str(path)!r}, line {number}, is not JSON") from None
     return records
+
+
+def show(text: str) -> int:
+    """Print a text of which a reader may take the beginning and leave (`| head`). The exit status: 0."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or leaving would complain again
+    return 0
 
 
 def draw_curve(path: Path, picture: Path) -> None:

@@ -18,10 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.shards import cuts, local, sum_of_squares
 from models.language_model import LanguageModel
 from models.pipeline import PIPELINES, Pipeline
 from nn.moe.expert_parallel import share_experts
-from nn.parallel.cut import cuts, local, sum_of_squares
 from nn.parallel.mixers import share_sequence
 from nn.parallel.tensor import share_layers
 from nn.spec import build

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from kernels.shards import local
 from models.auxiliary import auxiliary_loss
 from models.backprop import Plain, backprop
 from models.language_model import LanguageModel
 from nn.checks import at_least
 from nn.objective import IGNORED
-from nn.parallel.cut import local
 
 
 def gpipe() -> tuple[str, int]:

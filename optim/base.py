@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .sharded import local
+from kernels.shards import local
 
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:

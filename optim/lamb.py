@@ -12,16 +12,14 @@ times the batch. As lr is a relative change, what starts at zero and stays small
 `--optimizer lamb:lr=0.02` moves the hidden matrices alone.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .base import Optimizer, require, wide
-from .sharded import local
+from kernels.shards import cuts, local
+
+from .adamw import AdamW
 
 
 def reference_step(param, grad, state, *, lr, betas, eps, weight_decay):
@@ -42,9 +40,7 @@ def lengths(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     norms = [torch.linalg.vector_norm(x) for x in parts]
     ways: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     for number, param in enumerate(params):
-        if isinstance(param, DTensor):
-            cuts = (dim for dim, place in enumerate(param.placements) if place.is_shard())
-            ways.setdefault(tuple(map(param.device_mesh.get_group, cuts)), []).append(number)
+        ways.setdefault(cuts(param), []).append(number)
     for groups, members in ways.items():
         squares = torch.stack([norms[number].square() for number in members])
         for group in groups:
@@ -54,7 +50,7 @@ def lengths(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     return norms
 
 
-class Lamb(Optimizer):
+class Lamb(AdamW):
     """Layer-wise adaptive Adam, for parameters of any shape and floating-point dtype; each parameter is a layer, also where
     processes hold a part of it each.
 
@@ -75,19 +71,7 @@ class Lamb(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    def check(self, group: dict) -> None:
-        super().check(group)
-        betas, eps, weight_decay = group["betas"], group["eps"], group["weight_decay"]
-        pair = isinstance(betas, tuple | list) and len(betas) == 2
-        require(pair and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-        require(0 <= eps < math.inf, "eps", eps, "a finite number of at least 0")
-        require(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a finite number of at least 0")
-
-    def init_state(self, param: Tensor) -> dict:
-        zeros = torch.zeros_like(param, dtype=wide(param.dtype))
-        return {"step": 0, "mean": zeros, "square": zeros.clone()}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         (beta1, beta2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kernels.newton_schulz import newton_schulz
 from kernels.newton_schulz import reference as orthogonalised
+from kernels.shards import local, part, whole
 
 from .base import Optimizer, require, wide
-from .sharded import local, part, whole
 
 SCALES = {
     "spectral": lambda rows, columns: math.sqrt(max(1, rows / max(1, columns))),  # RMS gain alike in all shapes

@@ -34,14 +34,16 @@ def start(processes: int, *flags: str, before: list[str] | None = None) -> subpr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [*(before or []), "train.py"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*command, *flags], cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), **pipes)
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    return subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:
     try:
         out, err = process.communicate(timeout=200)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what torchrun has started too
+        raise
     return process.returncode, out + err
 
 

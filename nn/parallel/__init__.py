@@ -1,7 +1,6 @@
 """Layers whose work several processes share.
 
 mesh.py         the processes, by the ways in which they share the work
-cut.py          parameters of which each process holds a part
 collectives.py  gather, reduce-scatter and all-to-all that gradients pass through
 sequence.py     the positions of a row, shared out
 ulysses.py      within attention, heads instead of positions

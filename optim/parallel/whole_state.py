@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kernels.shards import cut_as
 from optim.combined import Combined
-from optim.sharded import cut_as
 
 
 class WholeState:

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from kernels.shards import local
 from optim import Lamb
 from optim.lamb import lengths
-from optim.sharded import local
 
 
 def main() -> None:
