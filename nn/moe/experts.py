@@ -19,20 +19,45 @@ PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 class StackedLinear(nn.Module):
     """A linear layer an expert, without biases: weight (E, out, in). It multiplies rows that stand sorted by expert.
 
-    `uses`: how many of them a token goes through, for those who count operations.
+    `uses`: how many of them a token goes through, for those who count operations. `gradient`: what is multiplied to the
+    gradient of the weight, and of nothing else.
     """
 
     adapter = None
 
-    def __init__(self, experts: int, dim_in: int, dim_out: int, *, uses: int, writes_residual: bool = False):
+    def __init__(
+        self,
+        experts: int,
+        dim_in: int,
+        dim_out: int,
+        *,
+        uses: int,
+        writes_residual: bool = False,
+        gradient: float = 1.0,
+    ):
         super().__init__()
         self.in_features, self.out_features, self.uses, self.writes_residual = dim_in, dim_out, uses, writes_residual
+        self.gradient = gradient
         self.weight = nn.Parameter(torch.empty(experts, dim_out, dim_in))
         nn.init.uniform_(self.weight, -(dim_in**-0.5), dim_in**-0.5)
 
     def forward(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         x = cast_once(x)
-        return grouped_matmul(x, self.weight.to(x.dtype), ends, **places)
+        weight = self.weight if self.gradient == 1 else ScaledGradient.apply(self.weight, self.gradient)
+        return grouped_matmul(x, weight.to(x.dtype), ends, **places)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """x as it is, whose gradient is multiplied by a number on its way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
 class Experts(nn.Module):
@@ -43,16 +68,25 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, dim: int, experts: int, width: int, *, activation: Activation = "silu", gated: bool = True, uses: int = 1
+        self,
+        dim: int,
+        experts: int,
+        width: int,
+        *,
+        activation: Activation = "silu",
+        gated: bool = True,
+        uses: int = 1,
+        gradient: float = 1.0,
     ):
         super().__init__()
         at_least(1, experts=experts, width=width)
         if activation not in (known := GATED if gated else PLAIN):
             raise ValueError(f"activation: {'gated' if gated else 'plain'} experts know {', '.join(known)}, not {activation}")
         self.experts, self.activation = experts, activation
-        self.gate = StackedLinear(experts, dim, width, uses=uses) if gated else None
-        self.up = StackedLinear(experts, dim, width, uses=uses)
-        self.down = StackedLinear(experts, width, dim, uses=uses, writes_residual=True)
+        options = dict(uses=uses, gradient=gradient)
+        self.gate = StackedLinear(experts, dim, width, **options) if gated else None
+        self.up = StackedLinear(experts, dim, width, **options)
+        self.down = StackedLinear(experts, width, dim, writes_residual=True, **options)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""
