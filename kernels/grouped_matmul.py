@@ -180,8 +180,8 @@ def fused(x: Tensor) -> bool:
 def rounded(rows: int, dtype: torch.dtype) -> int:
     """As many rows or up to an eighth more (or up to 7): eight numbers between a power of two and the next.
 
-    On a CPU, products in 16 bits are compiled for each shape they meet, which takes 30 times as long as a product. Groups hardly
-    ever have as many rows as before; the few numbers that this gives are soon all compiled.
+    On a CPU, products in 16 bits are compiled for each shape they meet, which takes 30 times as long as a product. Groups
+    hardly ever have as many rows as before; the few numbers that this gives are soon all compiled.
     """
     unit = max(8, 1 << max(0, rows.bit_length() - 4)) if dtype in (torch.bfloat16, torch.float16) else 1
     return -(-rows // unit) * unit

@@ -1,7 +1,7 @@
 """The loss of a mixture by the size of what a token goes through and by the number of experts, and the size it is worth.
 
-Clark et al. 2022, "Unified Scaling Laws for Routed Language Models" (arXiv:2202.01169), equations 1, 2 and 11; logarithms to the
-base 10, one expert a token, every second feed-forward layer a mixture, 130 billion tokens:
+Clark et al. 2022, "Unified Scaling Laws for Routed Language Models" (arXiv:2202.01169), equations 1 and 11; logarithms to
+the base 10, one expert a token, every second feed-forward layer a mixture, 130 billion tokens:
 
     log L(N, E) = a log N + b log Ê + c log N log Ê + d
     1 / Ê = 1 / (E - 1 + 1 / (1/E_start - 1/E_max)) + 1 / E_max                   so Ê(1) = E_start and Ê(inf) = E_max
@@ -77,7 +77,8 @@ def fit(
 
     `start` and `most` given are kept: `start=1, most=inf` is Ê = E. Few experts say little about `most`. Given both, the rest
     is linear; else the best of a grid of them is improved by damped Gauss-Newton steps (Marquardt 1963) on all constants.
-    ValueError for fewer runs than constants, numbers that are not positive, or runs with fewer than two sizes or numbers of experts.
+    ValueError for fewer runs than constants, for numbers that are not positive, and for fewer than two sizes or two numbers of
+    experts.
     """
     sizes, experts, losses = positive("sizes", sizes), positive("experts", experts), positive("losses", losses)
     if not sizes.shape == experts.shape == losses.shape or sizes.ndim != 1:
@@ -126,7 +127,8 @@ def descend(constants: np.ndarray, free: list[int], x: np.ndarray, experts: np.n
         J = np.stack(slopes, 1)  # (runs, free)
         square, down = J.T @ J, J.T @ off
         scale = np.sqrt(np.diag(square)) + 1e-300  # constants have different units
-        step = np.linalg.lstsq(square / np.outer(scale, scale) + damping * np.eye(len(free)), down / scale, rcond=None)[0] / scale
+        damped = square / np.outer(scale, scale) + damping * np.eye(len(free))
+        step = np.linalg.lstsq(damped, down / scale, rcond=None)[0] / scale
         tried = constants.copy()
         tried[free] -= step
         better = 0 < tried[4] < tried[5] and ((new := values(tried) - y) ** 2).sum() < (off**2).sum()

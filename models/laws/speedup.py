@@ -2,9 +2,9 @@
 
     s(L) = C_dense(L) / C(L)
 
-Artetxe et al. 2021, "Efficient Large Scale Language Modeling with Mixtures of Experts" (arXiv:2112.10684), section 4.1. C_dense is
-read off the curve of a ladder of dense models, of which log C is linear in L between two neighbours. Computes have any
-unit, FLOPs of training say, and losses too, nats or bits, as long as both sides have the same.
+Artetxe et al. 2021, "Efficient Large Scale Language Modeling with Mixtures of Experts" (arXiv:2112.10684). C_dense is read off
+the curve of a ladder of dense models, on which log C is linear in L between two neighbours. Computes have any unit, FLOPs of
+training say, and losses too, nats or bits, as long as both sides have the same.
 """
 
 from collections.abc import Sequence

@@ -95,7 +95,7 @@ def test_what_experts_bring_shrinks_with_the_size_and_is_nothing_at_the_cutoff(l
 
 
 def test_the_published_constants_say_what_the_paper_says():
-    """Cut-offs of 937, 85 and 83 billion, within what rounding c to three digits leaves open; 5M with 128 experts: about 55M."""
+    """Cut-offs of 937, 85 and 83 billion, within what rounding c leaves open; 5M with 128 experts: about 55M."""
     assert PUBLISHED["sinkhorn"].cutoff == pytest.approx(1e12)
     for router, theirs in (("sinkhorn", 937e9), ("rl", 85e9), ("hash", 83e9)):
         law = PUBLISHED[router]
