@@ -213,7 +213,7 @@ def train(config: Config, resumed: Path | None) -> int:
             group["lr"] = group["base_lr"] * multiplier
 
         own_time.begin()
-        parts = []
+        parts, started = [], time.perf_counter()
         for part in range(config.accumulate):
             inputs, targets, documents = next(loader)
             inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, place))
@@ -237,8 +237,8 @@ def train(config: Config, resumed: Path | None) -> int:
         after_step(model)
         step += 1
 
-        started, elapsed = elapsed, before + time.perf_counter() - began
-        pace = 0.9 * pace + 0.1 * (elapsed - started) if pace else elapsed - started  # seconds a step, the last ten or so
+        elapsed, took = before + time.perf_counter() - began, time.perf_counter() - started
+        pace = 0.9 * pace + 0.1 * took if pace else took  # seconds a step, the last ten or so
         speed = tokens_a_step / pace
         share = speed * flops_a_token / peak
         log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=share, **own_time.end(step))

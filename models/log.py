@@ -14,8 +14,8 @@ class Log:
     Two kinds of lines: {"step", "loss", "elapsed", …} for each step and {"step", "bpb", "elapsed"} for each evaluation,
     which of a task has {"accuracy", "complete", "val_loss", "chance"} in place of bpb; losses in nats a token that counts,
     bpb in bits a byte, accuracies as shares, elapsed in seconds. Now and then a step of several processes has "busy" too, and
-    where one of them is slow "slow", a line that is shown: see models/stragglers.py. A run that goes on after `step` drops what a killed
-    process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
+    where one of them is slow "slow", a line that is shown: see models/stragglers.py. A run that goes on after `step` drops
+    what a killed process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
     """
 
     def __init__(self, run: Path, step: int, *, quiet: bool = False):

@@ -73,8 +73,10 @@ class OwnTime:
         if step % EVERY:
             return {}
         busy, self.steps = gathered(median(self.steps), self.spread), []
-        lines = [f"rank {rank} on {self.hosts[rank]} is slow: {busy[rank]:.2g} s of its own work a step, the others {others:.2g} s"
-                 for rank, others in slow_ranks(busy, self.spread.sizes["pp"])]  # fmt: skip
+        lines = []
+        for rank, others in slow_ranks(busy, self.spread.sizes["pp"]):
+            works = f"works {busy[rank]:.2g} s of a step by itself, the others {others:.2g} s"
+            lines.append(f"rank {rank} on {self.hosts[rank]} is slow: {works}")
         return dict(busy=busy) | (dict(slow="; ".join(lines)) if lines else {})
 
 

@@ -22,6 +22,10 @@ from torch import Tensor
 sent: Counter[str] = Counter()  # by the name of the operation, both passes together
 waited = {"seconds": 0.0}
 
+# By their names of PyTorch 2.13, or by those of before
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @contextmanager
 def waiting() -> Iterator[None]:
@@ -84,7 +88,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
     sent["gather"] += x.nbytes * (dist.get_world_size(group) - 1)
     with waiting():
-        dist.all_gather_into_tensor(y, x.contiguous(), group=group)
+        all_gather(y, x.contiguous(), group=group)
     return y
 
 
@@ -92,7 +96,7 @@ def summed_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
     sent["scatter_sum"] += x.nbytes - y.nbytes
     with waiting():
-        dist.reduce_scatter_tensor(y, x.contiguous(), group=group)
+        reduce_scatter(y, x.contiguous(), group=group)
     return y
 
 

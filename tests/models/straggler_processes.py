@@ -11,13 +11,14 @@ from unittest.mock import patch
 import train
 from data import Loader
 from models import stragglers
+from nn.attention.gqa import GQA
 from nn.ffn import MLP
 from optim.parallel import processes
 
 SLOW = 1  # the rank
 TINY = ["--tokenizer", "byte", "--dim", "32", "--depth", "2", "--heads", "4", "--seq-len", "32", "--stem", "", "--ffn", "mlp",
         "--batch-size", "8", "--accumulate", "2", "--dtype", "float32", "--device", "cpu", "--eval-every", "0", "--steps", "8",
-        "--sample", "1", "--norm", "rmsnorm"]  # fmt: skip
+        "--sample", "1", "--norm", "rmsnorm", "--mixer", "gqa"]  # fmt: skip
 
 
 def slowed(function):
@@ -33,7 +34,7 @@ def main(folder: str, *ways: str) -> None:
     """Each way: what is slow, and the mesh."""
     stragglers.EVERY = 4
     joined = processes.join_processes()  # once: the runs follow each other in the same processes
-    where = dict(none=None, loader=(Loader, "__next__"), layer=(MLP, "forward"))
+    where = dict(none=None, loader=(Loader, "__next__"), layer=(MLP, "forward"), mixer=(GQA, "forward"))
     with patch.object(train, "join_processes", lambda: joined), patch.object(train, "leave_processes", lambda _: None):
         for number, way in enumerate(ways):
             what, _, mesh = way.partition("=")
