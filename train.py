@@ -46,6 +46,7 @@ from models.pipeline import PIPELINES
 from models.score import answered, bits_per_byte, posed, worked_example
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
+from models.stragglers import OwnTime
 from models.weights import load_model, read_config, save_model
 from nn.adapt import ADAPTERS
 from nn.init import INITS
@@ -112,7 +113,7 @@ def train(config: Config, resumed: Path | None) -> int:
     tune_cpu()
     rank, world = join_processes()
     sizes = sizes_of(config.mesh, world)
-    share, shares = share_of_rows(rank, sizes)
+    place, shares = share_of_rows(rank, sizes)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
@@ -122,7 +123,7 @@ def train(config: Config, resumed: Path | None) -> int:
     rows, left = divmod(config.batch_size, shares * config.accumulate)
     if left:
         raise ValueError(f"batch_size: {config.batch_size} does not divide into {shares} shares x {config.accumulate} parts")
-    part_of_all = dict(batch_size=rows, seed=config.seed, rank=share, world_size=shares)
+    part_of_all = dict(batch_size=rows, seed=config.seed, rank=place, world_size=shares)
     if task:
         if config.seq_len != task.seq_len:
             raise ValueError(f"seq_len: {config.seq_len} was given, but a sequence of {config.data} has {task.seq_len} tokens")
@@ -160,6 +161,7 @@ def train(config: Config, resumed: Path | None) -> int:
     stages = dict(pipeline=config.pipeline, rows=rows * config.accumulate, parts=config.accumulate)
     spread = Spread(model, sizes, device.type, forward=forward, autocast=partial(autocast, device, dtype), **stages)
     optimizer = whole.after(spread)
+    own_time = OwnTime(spread)
 
     # Where the run stands, what a step costs, how a model is judged and saved
     step, before = restore(resumed, whole, loader, scaler) if resumed else (0, 0.0)
@@ -210,12 +212,14 @@ def train(config: Config, resumed: Path | None) -> int:
         for group in whole.param_groups:
             group["lr"] = group["base_lr"] * multiplier
 
-        parts = []
+        own_time.begin()
+        parts, started = [], time.perf_counter()
         for part in range(config.accumulate):
             inputs, targets, documents = next(loader)
-            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, share))
+            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, place))
             inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
             parts.append((inputs, targets, documents if config.packed else None))
+        own_time.loaded()
         scale = scaler.scale(torch.ones((), device=device)).item()  # 1, but for float16
         loss = summed(spread.step(parts, scale / counted_a_step), world) / counted_a_step
         if not math.isfinite(loss):
@@ -233,10 +237,11 @@ def train(config: Config, resumed: Path | None) -> int:
         after_step(model)
         step += 1
 
-        started, elapsed = elapsed, before + time.perf_counter() - began
-        pace = 0.9 * pace + 0.1 * (elapsed - started) if pace else elapsed - started  # seconds a step, the last ten or so
+        elapsed, took = before + time.perf_counter() - began, time.perf_counter() - started
+        pace = 0.9 * pace + 0.1 * took if pace else took  # seconds a step, the last ten or so
         speed = tokens_a_step / pace
-        log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=speed * flops_a_token / peak)
+        share = speed * flops_a_token / peak
+        log.step(done, step=step, loss=loss, lr=multiplier, elapsed=elapsed, speed=speed, share=share, **own_time.end(step))
         if config.eval_every and step % config.eval_every == 0:
             log.evaluation(step=step, elapsed=before + time.perf_counter() - began, **evaluate(config.eval_tokens))
         if config.save_every and step % config.save_every == 0:

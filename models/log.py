@@ -13,8 +13,9 @@ class Log:
 
     Two kinds of lines: {"step", "loss", "elapsed", …} for each step and {"step", "bpb", "elapsed"} for each evaluation,
     which of a task has {"accuracy", "complete", "val_loss", "chance"} in place of bpb; losses in nats a token that counts,
-    bpb in bits a byte, accuracies as shares, elapsed in seconds. A run that goes on after `step` drops what a killed
-    process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
+    bpb in bits a byte, accuracies as shares, elapsed in seconds. Now and then a step of several processes has "busy" too, and
+    where one of them is slow "slow", a line that is shown: see models/stragglers.py. A run that goes on after `step` drops
+    what a killed process wrote later than that. `quiet`: writes and shows nothing (all processes but one).
     """
 
     def __init__(self, run: Path, step: int, *, quiet: bool = False):
@@ -39,6 +40,8 @@ class Log:
         self.bar.n = 100 * min(1.0, done)
         self.bar.set_postfix_str(f"step {record['step']}  {self.pace}{self.judged}", refresh=False)
         self.bar.update(0)
+        if "slow" in record:
+            self.say("step {step:>6}  {slow}".format(**record))
 
     def evaluation(self, **record) -> None:
         """How the model is judged after a step: step, elapsed, and bpb, or of a task accuracy, val_loss and chance."""

@@ -18,7 +18,7 @@ from nn.linear import cast_once
 from nn.moe.experts import Experts
 from nn.moe.moe import MoE
 from nn.moe.routing import counts_of
-from nn.parallel.collectives import exchange
+from nn.parallel.collectives import exchange, waiting
 
 
 class ParallelExperts:
@@ -47,7 +47,8 @@ class ParallelExperts:
         order = experts.flatten().argsort(stable=True)
         counts = counts_of(experts, self.experts).view(self.world, -1)  # (W, E / W): for the experts of each process
         arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts, group=self.group)
+        with waiting():
+            dist.all_to_all_single(arriving, counts, group=self.group)
         send, receive = counts.sum(1).tolist(), arriving.sum(1).tolist()
         order = order[: sum(send)]  # those without an expert stay
         rows = self.travel(x[order // K], send, receive)

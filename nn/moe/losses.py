@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nn.moe.routing import Router, Routing, counts_of
+from nn.parallel.collectives import add_up
 
 SCOPES = ("sequence", "micro", "global", "buffer")
 
@@ -69,7 +70,7 @@ class Balance:
             return balance(shares_of(counts), scores.unflatten(0, (sequences, -1)))
         counts = counts_of(experts, self.experts)
         if self.scope in ("global", "buffer") and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts, group=self.counted_over)
+            add_up(counts, self.counted_over)
         if self.scope == "buffer":
             counts = self.buffer = counts if self.buffer is None else self.buffer + counts
         return balance(shares_of(counts), scores)

@@ -5,17 +5,34 @@
     exchange        rows to other ranks, rows from them            backward: back again
 
 With P ranks, a rank sends (P - 1) / P of the whole in the first two, and of its own rows in the third. `Passing` is without a
-gradient: a tensor goes to one rank while another comes. `sent` counts the bytes that this process has sent to others.
+gradient: a tensor goes to one rank while another comes. `sent` counts the bytes that this process has sent to others, `waited`
+the seconds that it has stood in these operations (on a GPU, which goes on by itself, those of starting them).
 """
 
 import math
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 sent: Counter[str] = Counter()  # by the name of the operation, both passes together
+waited = {"seconds": 0.0}
+
+# By their names of PyTorch 2.13, or by those of before
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """What is done in it is waiting for other processes, and counted as such."""
+    began = time.perf_counter()
+    yield
+    waited["seconds"] += time.perf_counter() - began
 
 
 class Gather(torch.autograd.Function):
@@ -70,22 +87,32 @@ def exchange(x: Tensor, send: list[int], receive: list[int], group: dist.Process
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
     sent["gather"] += x.nbytes * (dist.get_world_size(group) - 1)
-    dist.all_gather_into_tensor(y, x.contiguous(), group=group)
+    with waiting():
+        all_gather(y, x.contiguous(), group=group)
     return y
 
 
 def summed_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
     sent["scatter_sum"] += x.nbytes - y.nbytes
-    dist.reduce_scatter_tensor(y, x.contiguous(), group=group)
+    with waiting():
+        reduce_scatter(y, x.contiguous(), group=group)
     return y
 
 
 def exchanged(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     y = x.new_empty(sum(receive), *x.shape[1:])
     sent["exchange"] += (sum(send) - send[dist.get_rank(group)]) * math.prod(x.shape[1:]) * x.element_size()
-    dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
+    with waiting():
+        dist.all_to_all_single(y, x.contiguous(), receive, send, group=group)
     return y
+
+
+@torch._disable_dynamo  # torch.compiler.disable, but imports the compiler only when it is called
+def add_up(x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """In place: the sum of all ranks' x. Without a gradient, and not counted in `sent`."""
+    with waiting():
+        dist.all_reduce(x, group=group)
 
 
 class Passing:
@@ -98,6 +125,7 @@ class Passing:
         sent["pass"] += x.nbytes
 
     def arrived(self) -> Tensor:
-        for work in self.works:
-            work.wait()
+        with waiting():
+            for work in self.works:
+                work.wait()
         return self.coming

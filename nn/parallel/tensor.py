@@ -25,6 +25,7 @@ from nn.context import Context
 from nn.ffn import GLU, MLP
 from nn.linear import cast_once
 from nn.moe.moe import MoE
+from nn.parallel.collectives import add_up
 from nn.parallel.mixers import WholeRow
 from nn.parallel.sequence import Sequence
 from nn.position.none import NoPosition
@@ -150,13 +151,13 @@ class SumOverRanks(torch.autograd.Function):
     def forward(ctx, x: Tensor, group) -> Tensor:
         ctx.group = group
         y = x.clone()
-        dist.all_reduce(y, group=group)
+        add_up(y, group)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         dx = dy.clone()
-        dist.all_reduce(dx, group=ctx.group)
+        add_up(dx, ctx.group)
         return dx, None
 
 
