@@ -6,7 +6,8 @@ Groups are ragged and may be empty; rows from the last end on belong to none, an
 stand (each for `fan_out` experts), `scatter` brings what the experts say back (`fan_in` of them for each token), and `scale`
 is the gate. Nothing is padded and nothing is dropped: Gale et al. 2022, "MegaBlocks: Efficient Sparse Training with
 Mixture-of-Experts" (arXiv:2211.15841); gather and scatter in the product: Tan et al. 2024, "Scattered Mixture-of-Experts
-Implementation" (arXiv:2403.08245). Products of int8 are summed in int32 exactly.
+Implementation" (arXiv:2403.08245). Products of int8 are summed in int32 exactly. The path of PyTorch operations is in
+group_products.py.
 
 With M rows, K numbers in, N out, G groups, b bytes a number:
     forward    2 M K N FLOPs      (M K / fan_out + G K N + M N / fan_in) b bytes moved
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.group_products import combined, products, products_backward
 from kernels.launch import INTERPRETED, Function, apply, dot, launch, narrow, on_triton, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -177,69 +179,6 @@ def fused(x: Tensor) -> bool:
     return on_triton(x if x.dtype != torch.int8 else x.new_empty(0, dtype=torch.float16))
 
 
-def rounded(rows: int, dtype: torch.dtype) -> int:
-    """As many rows or up to an eighth more (or up to 7): eight numbers between a power of two and the next.
-
-    On a CPU, products in 16 bits are compiled for each shape they meet, which takes 30 times as long as a product. Groups
-    hardly ever have as many rows as before; the few numbers that this gives are soon all compiled.
-    """
-    unit = max(8, 1 << max(0, rows.bit_length() - 4)) if dtype in (torch.bfloat16, torch.float16) else 1
-    return -(-rows // unit) * unit
-
-
-# Loops over the groups, as PyTorch's own grouped_mm on a CPU does, which takes neither float64 nor odd widths.
-@torch.library.custom_op("rosetta::rows_times", mutates_args=())
-def rows_times(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """(M, K) and (G, N, K) -> (M, N) out of PyTorch's products, rows beyond the groups 0."""
-    M, begin = x.shape[0], 0
-    x = x if rounded(1, x.dtype) == 1 else F.pad(x, (0, 0, 0, max(8, M // 8)))
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    for group, end in enumerate(ends.tolist()):
-        if end > begin:
-            last = begin + rounded(end - begin, x.dtype)  # rows of the next groups too, which they write anew
-            torch.mm(x[begin:last], weight[group].T, out=y[begin:last])
-        begin = end
-    y[begin:].zero_()
-    return y[:M]
-
-
-@rows_times.register_fake
-def _(x, weight, ends):
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("rosetta::outer", mutates_args=())
-def outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """(M, N) and (M, K) -> (G, N, K): the sum of dy x^T over the rows of each group."""
-    dweight, begin = x.new_empty(ends.shape[0], dy.shape[1], x.shape[1]), 0
-    for matrix, end in zip(dweight, ends.tolist(), strict=True):
-        rows, begin = (dy[begin:end], x[begin:end]), end
-        if more := rounded(len(rows[0]), x.dtype) - len(rows[0]):
-            rows = [F.pad(part, (0, 0, 0, more)) for part in rows]
-        torch.mm(rows[0].T, rows[1], out=matrix)
-    return dweight
-
-
-@outer.register_fake
-def _(dy, x, ends):
-    return x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])
-
-
-def inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter_(0, permutation, torch.arange(len(permutation), device=permutation.device))
-
-
-def combined(y: Tensor, scale: Tensor | None, scatter: Tensor | None, fan_in: int) -> Tensor:
-    """(M, N) -> (M / fan_in, N): each row where `scatter` says, times its scale, and rows of one place added up, in float32."""
-    back = None if scatter is None else inverse(scatter)
-    y = y if back is None else y[back]
-    if scale is None:
-        return y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    scale = scale.to(wide) if back is None else scale[back].to(wide)
-    return torch.bmm(scale.view(-1, 1, fan_in), y.to(wide).unflatten(0, (-1, fan_in))).squeeze(1).to(y.dtype)
-
-
 class GroupedMatmul(Function):
     @staticmethod
     def forward(ctx, x, weight, ends, gather, fan_out: int, scatter, fan_in: int, scale):
@@ -248,12 +187,12 @@ class GroupedMatmul(Function):
             y = times_weights(x.contiguous(), weight, ends, gather, fan_out, scatter, scale)
             y = y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1, dtype=y.dtype)
         else:
-            rows = x if gather is None else x[gather // fan_out]
+            places = None if gather is None else gather // fan_out
             if x.dtype == torch.int8:
-                y = rows_times(rows.double(), weight.double(), ends)  # exact: no sum reaches 2^53
+                y = products(x.double(), weight.double(), ends, places)  # exact: no sum reaches 2^53
                 y = y.to(torch.int32) if scale is None else y.float()
             else:
-                y = rows_times(rows, weight, ends)
+                y = products(x, weight, ends, places)
             said = None if scale is None else y
             y = combined(y, scale, scatter, fan_in)
         ctx.save_for_backward(x, weight, ends, gather, scatter, scale, said)
@@ -274,18 +213,9 @@ class GroupedMatmul(Function):
 
 def gradients(dy, x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale):
     """Of the rows (M, K) as they are multiplied, of weight and scale; None where it is not needed."""
-    drows = dweight = dscale = None
-    dy = dy if scatter is None else dy[scatter // fan_in]  # (M, N)
-    if scale is not None:
-        wide = dy.to(scale.dtype, copy=True)
-        if need_scale:
-            dscale = torch.einsum("mn,mn->m", wide, said.to(wide.dtype))  # 4 times as fast as a product of two dtypes
-        dy = wide.mul_(scale[:, None]).to(dy.dtype)
-    if need_x:
-        drows = rows_times(dy, weight.mT, ends)
-    if need_weight:
-        dweight = outer(dy, x if gather is None else x[gather // fan_out], ends)
-    return drows, dweight, dscale
+    places, targets = None if gather is None else gather // fan_out, None if scatter is None else scatter // fan_in
+    drows, dweight, dscale = products_backward(dy, x, weight, ends, places, targets, scale, said, need_x, need_weight)
+    return drows if need_x else None, dweight if need_weight else None, dscale if need_scale else None
 
 
 def gradients_on_triton(dy, x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale):
@@ -294,7 +224,7 @@ def gradients_on_triton(dy, x, weight, ends, gather, fan_out, scatter, fan_in, s
     if need_x or need_scale:
         drows = times_weights(dy, weight.mT, ends, scatter, fan_in, dtype=torch.float32 if need_scale else None)
     if need_scale:
-        dscale = (drows * (x if gather is None else x[gather // fan_out])).sum(-1, dtype=scale.dtype)
+        dscale = (drows * (x if gather is None else x.index_select(0, gather // fan_out))).sum(-1, dtype=scale.dtype)
     if need_x and scale is not None:
         drows = (drows * scale[:, None]).to(x.dtype)
     if need_weight:

@@ -1,9 +1,10 @@
 """How fast a mixture is: beside a dense layer of the same active FLOPs, and beside the block of the transformers package.
 
-    python -m tests.bench_moe [threads]
+    python -m tests.bench_moe [threads] [dim]
 
-A training step (forward and backward) of one layer, width 256, on 16 rows of 256 tokens: 8 experts, two a token. Sides take
-turns, so that a noisy machine is so to all; tokens a second are of the best turn, the ratio that of the best ones.
+A training step (forward and backward) of one layer, 256 wide unless told otherwise, on 16 rows of 256 tokens that are new in
+each step: 8 experts twice as wide, two a token. Sides take turns, so that a noisy machine is so to all; tokens a second are of
+the best turn, the ratio that of the best ones. All have the allocator's settings of train.py.
 """
 
 import sys
@@ -13,22 +14,25 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from models.machine import tune_cpu
 from models.stack import FFNS
 from nn.context import Context
 from nn.spec import build
 
-DIM, ROWS, TIME, TURNS = 256, 16, 256, 20
+ROWS, TIME, TURNS = 16, 256, 20
 PAIRS = {  # a mixture, and what is as many FLOPs without one
-    "gated": ("moe:experts=8:top_k=2:width=512", "swiglu:width=1024"),
-    "plain": ("moe:experts=8:top_k=2:width=512:gated=false:activation=relu2", "mlp:width=1024:activation=relu2"),
+    "gated": ("moe:experts=8:top_k=2:width={}", "swiglu:width={}"),
+    "plain": ("moe:experts=8:top_k=2:width={}:gated=false:activation=relu2", "mlp:width={}:activation=relu2"),
 }
 
 
-def stepping(layer: nn.Module, call: Callable, dtype: torch.dtype) -> Callable[[], None]:
-    """One step of a layer: call(layer, x) and back."""
-    x = torch.randn(ROWS, TIME, DIM, requires_grad=True)
+def stepping(layer: nn.Module, call: Callable, dim: int, dtype: torch.dtype) -> Callable[[], None]:
+    """One step of a layer on rows it has not seen: call(layer, x) and back."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(ROWS, TIME, dim)
 
     def step() -> None:
+        x = torch.normal(0.0, 1.0, data.shape, generator=generator, out=data).detach().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = call(layer, x)
         y.float().sum().backward()
@@ -49,13 +53,13 @@ def best(sides: dict[str, Callable[[], None]], turns: int = TURNS) -> dict[str, 
     return {name: ROWS * TIME / best for name, best in seconds.items()}
 
 
-def theirs() -> nn.Module | None:
+def theirs(dim: int) -> nn.Module | None:
     """The mixture of the `transformers` package with the same sizes, if that is installed."""
     try:
         from transformers.models.mixtral import modeling_mixtral
     except ModuleNotFoundError:
         return None
-    sizes = dict(hidden_size=DIM, intermediate_size=512, num_local_experts=8, num_experts_per_tok=2)
+    sizes = dict(hidden_size=dim, intermediate_size=2 * dim, num_local_experts=8, num_experts_per_tok=2)
     block = modeling_mixtral.MixtralSparseMoeBlock(modeling_mixtral.MixtralConfig(**sizes))
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -68,15 +72,18 @@ def first(x):
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    tune_cpu()
+    threads, dim = (*map(int, sys.argv[1:]), *(2, 256)[len(sys.argv) - 1 :])
+    torch.set_num_threads(threads)
     context = Context(torch.zeros(ROWS, TIME, dtype=torch.int64), torch.arange(TIME))
-    block = theirs()
+    block = theirs(dim)
     for dtype in (torch.bfloat16, torch.float32):
         for name, specs in PAIRS.items():
-            layers = dict(zip(("mixture", "dense"), (build(spec, FFNS, "ffn", DIM) for spec in specs), strict=True))
-            sides = {side: stepping(layer, lambda layer, x: layer(x, context), dtype) for side, layer in layers.items()}
+            widths = dict(mixture=2 * dim, dense=4 * dim)
+            layers = {side: build(spec.format(widths[side]), FFNS, "ffn", dim) for side, spec in zip(widths, specs, strict=True)}
+            sides = {side: stepping(layer, lambda layer, x: layer(x, context), dim, dtype) for side, layer in layers.items()}
             if name == "gated" and block is not None:
-                sides["transformers"] = stepping(block, lambda layer, x: first(layer(x)), dtype)
+                sides["transformers"] = stepping(block, lambda layer, x: first(layer(x)), dim, dtype)
             rates = best(sides)
             ratios = ", ".join(f"{rates['mixture'] / rates[side]:.2f} of {side}" for side in list(sides)[1:])
             shown = ", ".join(f"{side} {rate:,.0f}" for side, rate in rates.items())

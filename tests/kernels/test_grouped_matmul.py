@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.grouped_matmul import grouped_matmul, reference, rounded
+from kernels.group_products import rounded
+from kernels.grouped_matmul import grouped_matmul, reference
 from kernels.launch import use
 from tests.kernels.contract import interpreted
 
