@@ -80,7 +80,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for name, specs in PAIRS.items():
             widths = dict(mixture=2 * dim, dense=4 * dim)
-            layers = {side: build(spec.format(widths[side]), FFNS, "ffn", dim) for side, spec in zip(widths, specs, strict=True)}
+            layers = {s: build(spec.format(widths[s]), FFNS, "ffn", dim) for s, spec in zip(widths, specs, strict=True)}
             sides = {side: stepping(layer, lambda layer, x: layer(x, context), dim, dtype) for side, layer in layers.items()}
             if name == "gated" and block is not None:
                 sides["transformers"] = stepping(block, lambda layer, x: first(layer(x)), dim, dtype)
