@@ -45,36 +45,55 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         backprop(config.backprop)  # a mistake in it is told now
-        dim, vocab_size = config.dim, config.vocab_size
         self.sequences: list[Sequence] = []  # how processes share the positions of a row: models.parallel puts them here
         self.causal = build(config.objective, OBJECTIVES, "objective").causal
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.position = build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
-        specs = parse_stack(config.stack or config.stem)
-        specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
-        self.specs = specs
-        numbers = layer_numbers(specs)
-        offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size, layers=max(numbers, default=1))
-        place = dict(place=config.norm_place, sublayers=len(specs))
-        bare = config.embedding_norm == "first"  # the first sublayer
-        if bare and config.norm_place not in ("pre", "scaled"):
+        self.specs = parse_stack(config.stack or config.stem)
+        self.specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
+        if config.embedding_norm == "first" and config.norm_place not in ("pre", "scaled"):
             raise ValueError(f"embedding_norm: 'first' leaves away a norm before a sublayer; {config.norm_place!r} has none")
-        norms = ["none" if bare and i == 0 else config.norm for i in range(len(specs))]
-        self.embedding_norm = nn.Identity() if config.embedding_norm == "none" else build(config.norm, NORMS, "norm", dim)
-        self.stack = nn.ModuleList(
-            Residual(make_sublayer(spec, SUBLAYERS, dim, layer=number, **offered), dim, norm=norm, number=number, **place)
-            for spec, norm, number in zip(specs, norms, numbers, strict=True)
-        )
+        for name in self.parts():
+            self.put(name, self.make(name))
         share_among_layers(self.stack)
-        self.final_norm = nn.Identity() if ends_normed(config.norm_place) else build(config.norm, NORMS, "norm", dim)
-        self.transform = build(config.head, HEADS, "head", dim=dim, norm=config.norm)
-        self.head = Linear(dim, vocab_size, bias=self.transform.decoder_bias)
-        if self.head.bias is not None:
-            nn.init.zeros_(self.head.bias)
         if config.tie:
             self.head.weight = self.embedding.weight
         if config.adapt:
             build(config.adapt, ADAPTERS, "adapter", self)
+
+    def parts(self) -> list[str]:
+        """The names of the parts it is made of, in the order in which they are made and initialised."""
+        stack = (f"stack.{number}" for number in range(len(self.specs)))
+        return ["embedding", "position", "embedding_norm", "stack", *stack, "final_norm", "transform", "head"]
+
+    def put(self, name: str, part: nn.Module) -> None:
+        """A part in its place."""
+        of, _, last = name.rpartition(".")
+        self.get_submodule(of).add_module(last, part)
+
+    def make(self, name: str) -> nn.Module:
+        """A part by its name, new: what layers share and what is tied is its own still."""
+        config, dim, vocab_size = self.config, self.config.dim, self.config.vocab_size
+        if name == "embedding":
+            return nn.Embedding(vocab_size, dim)
+        if name == "stack":
+            return nn.ModuleList()
+        if name == "position":
+            return build(config.position, POSITIONS, "position", dim=dim, heads=config.heads, seq_len=config.seq_len)
+        if name == "transform":
+            return build(config.head, HEADS, "head", dim=dim, norm=config.norm)
+        if name == "head":
+            head = Linear(dim, vocab_size, bias=self.transform.decoder_bias)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+            return head
+        if name in ("embedding_norm", "final_norm"):
+            there = not ends_normed(config.norm_place) if name == "final_norm" else config.embedding_norm != "none"
+            return build(config.norm, NORMS, "norm", dim) if there else nn.Identity()
+        number, numbers = int(name.removeprefix("stack.")), layer_numbers(self.specs)
+        offered = dict(heads=config.heads, position=self.position, vocab_size=vocab_size, layers=max(numbers, default=1))
+        layer = make_sublayer(self.specs[number], SUBLAYERS, dim, layer=numbers[number], **offered)
+        norm = "none" if config.embedding_norm == "first" and number == 0 else config.norm
+        place = dict(place=config.norm_place, sublayers=len(self.specs))
+        return Residual(layer, dim, norm=norm, number=numbers[number], **place)
 
     def forward(
         self,
@@ -201,6 +220,6 @@ def build_model(config: Config, *, seed: int = 0) -> LanguageModel:
     """A freshly initialised model on the CPU; the same seed gives the same weights."""
     model = LanguageModel(config)
     generator = torch.Generator().manual_seed(seed)
-    INITS[config.init](model, generator)
-    own_values(model, generator)
+    INITS[config.init](model, model.modules(), generator)
+    own_values(model.modules(), generator)
     return model

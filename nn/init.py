@@ -1,6 +1,11 @@
-"""Initialisation of a model's weights, by the part a matrix plays."""
+"""Initialisation of a model's weights, by the part a matrix plays.
+
+Each takes a model, those of its modules that are to be initialised, and a generator: so a model of which no process has all
+can be drawn a part at a time (models/draw.py), and begins with the same numbers.
+"""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -10,7 +15,7 @@ from nn.moe.experts import StackedLinear
 MATRICES = (nn.Linear, StackedLinear)
 
 
-def fan_in(model: nn.Module, generator: torch.Generator) -> None:
+def fan_in(model: nn.Module, modules: Iterable[nn.Module], generator: torch.Generator) -> None:
     """Matrices of variance 1/4 of 1/fan_in, residual outputs and head zero, token embeddings of variance 1.
 
     Each sublayer begins as the identity and the model as a uniform guess, at any width and depth (as in Zhang et al.
@@ -18,8 +23,8 @@ def fan_in(model: nn.Module, generator: torch.Generator) -> None:
     A head that is tied to the embedding has its variance 1/dim: logits of variance 1. Matrices are uniform, so that no
     weight starts far out.
     """
-    tied = model.head.weight is model.embedding.weight
-    for module in model.modules():
+    tied = model.config.tie
+    for module in modules:
         if isinstance(module, MATRICES) and not (tied and module is model.head):
             zero = module is model.head or getattr(module, "writes_residual", False)
             bound = 0 if zero else 0.5 * math.sqrt(3 / module.in_features)
@@ -31,46 +36,46 @@ def fan_in(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(module.weight, std=std, generator=generator)
 
 
-def gpt2(model: nn.Module, generator: torch.Generator) -> None:
+def gpt2(model: nn.Module, modules: Iterable[nn.Module], generator: torch.Generator) -> None:
     """Normal of standard deviation 0.02; residual outputs 0.02 / sqrt(number of sublayers).
 
     Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
     """
-    outputs = [m for m in model.modules() if getattr(m, "writes_residual", False)]
-    for module in model.modules():
+    outputs = sum(getattr(m, "writes_residual", False) for m in model.modules())
+    for module in modules:
         if isinstance(module, (*MATRICES, nn.Embedding)):
-            std = 0.02 / math.sqrt(len(outputs)) if module in outputs else 0.02
+            std = 0.02 / math.sqrt(outputs) if getattr(module, "writes_residual", False) else 0.02
             nn.init.normal_(module.weight, std=std, generator=generator)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
 
-def deepnorm(model: nn.Module, generator: torch.Generator) -> None:
+def deepnorm(model: nn.Module, modules: Iterable[nn.Module], generator: torch.Generator) -> None:
     """Xavier normal; what values, outputs and ffns are made of smaller by (4 n)^(-1/4) for n sublayers; to `deepnorm`.
 
     Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers" (arXiv:2203.00555), figure 2: (8 N)^(-1/4) for N
     layers of two sublayers. Embeddings are of standard deviation 0.02.
     """
     sublayers = sum(getattr(m, "writes_residual", False) for m in model.modules())
-    scores = [m for layer in model.modules() for name, m in layer.named_children() if name in ("query", "key")]
-    for module in model.modules():
+    modules = list(modules)
+    scores = {m for layer in modules for name, m in layer.named_children() if name in ("query", "key")}
+    for module in modules:
         if isinstance(module, MATRICES):
             gain = 1.0 if module in scores or module is model.head else (4 * sublayers) ** -0.25
             for matrix in module.weight.view(-1, *module.weight.shape[-2:]):  # one, or one an expert
                 nn.init.xavier_normal_(matrix, gain, generator=generator)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02, generator=generator)
 
 
-def own_values(model: nn.Module, generator: torch.Generator) -> None:
+def own_values(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
     """The initial values that are part of a layer's equation, as Mamba's step sizes are: after any of the above.
 
     A module that has such values sets them in its method `own_init(generator)`.
     """
-    for module in model.modules():
+    for module in modules:
         if hasattr(module, "own_init"):
             module.own_init(generator)
 
