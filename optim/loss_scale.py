@@ -1,4 +1,4 @@
-"""Float16 training: the loss is multiplied so that small gradients do not vanish, and a step in which one overflows is left out.
+"""Float16: the loss is multiplied so that small gradients do not vanish, and a step in which one overflows is left out.
 
 Micikevicius et al. 2017, "Mixed Precision Training" (arXiv:1710.03740), sections 3.2 and 4.3.
 """
@@ -15,9 +15,9 @@ from kernels.shards import local
 class LossScale:
     """The factor of the loss, the same on all processes, for optimizers whose gradients may be cut among them in any way.
 
-    Of a gradient that overflows, a process may hold nothing: it has other layers, heads or shards. So before a step all ask each
-    other, and all leave it out and halve the factor if one of them has found an infinity or NaN; after `interval` steps without
-    it doubles. Used as `torch.amp.GradScaler` is, whose saved state it has; not `enabled`, everything is as without it.
+    Of a gradient that overflows, a process may hold nothing: it has other layers, heads or shards. So before a step all ask
+    each other, and all leave it out and halve the factor if one of them has found an infinity or NaN; after `interval` steps
+    without one it doubles. Used as `torch.amp.GradScaler` is, whose saved state it has; if not `enabled`, nothing is done.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, enabled: bool = True, interval: int = 2000):
