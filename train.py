@@ -57,6 +57,7 @@ from nn.parallel.mesh import share_of_rows, sizes_of
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
 from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
+from optim.loss_scale import LossScale
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, lost_touch, restarts, summed
 from optim.parallel.whole_state import WholeState
 
@@ -155,7 +156,7 @@ def train(config: Config, resumed: Path | None) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     whole = WholeState(model, model_tensors, partial(build_optimizer, config))
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = LossScale(device, enabled=dtype == torch.float16)
     forward = with_teacher(model, config)  # the model itself where there is none
     forward = torch.compile(forward) if config.compile else forward
     stages = dict(pipeline=config.pipeline, rows=rows * config.accumulate, parts=config.accumulate)
@@ -306,7 +307,7 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     return Combined(make(params, **given) for make, params, given in made if params)
 
 
-def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: torch.amp.GradScaler) -> tuple[int, float]:
+def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
     whole.load_optimizer_state(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))

@@ -76,7 +76,7 @@ class Spread:
                 if hasattr(part, "counted_over"):
                     part.counted_over = self.same_layers
         self.kept = {name for name, parameter in model.named_parameters() if cuts(parameter)}  # by tp or ep: none has all
-        shard = partial(sharded, mesh=data) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
+        shard = partial(sharded, mesh=data, kept=pp > 1) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
         if pp > 1:
             options = dict(rows=rows, parts=parts, shard=shard or (lambda stage: stage), autocast=autocast)
             self.pipeline = Pipeline(model, self.stage, schedule, **options)
@@ -189,11 +189,15 @@ def check(sizes: dict[str, int], wrapped: bool) -> None:
         raise ValueError(f"mesh: ep goes together with {', '.join(WITH_EXPERTS)}, not with {', '.join(others)}")
 
 
-def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """ZeRO-3 by PyTorch's engine: each sublayer's parameters are gathered for its use and dropped behind it."""
+def sharded(model: nn.Module, mesh: DeviceMesh, *, kept: bool = False) -> nn.Module:
+    """ZeRO-3 by PyTorch's engine: each sublayer's parameters are gathered for its use and dropped behind it.
+
+    `kept`: those of a stage of a pipeline, which lets go of them when the schedule turns to other stages: in the backward
+    passes of its parts PyTorch keeps all of them anyway, so that nothing is saved by dropping them in between.
+    """
     for residual in model.stack.values() if isinstance(model.stack, nn.ModuleDict) else model.stack:
-        fully_shard(residual, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(residual, mesh=mesh, reshard_after_forward=not kept)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def replicated(model: nn.Module, apart: set[str], **options) -> nn.Module:

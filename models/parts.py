@@ -36,9 +36,9 @@ def parts_of(config: Config, sizes: dict[str, int]) -> list[Part]:
     layers = [sublayer_part(s, own, heads, config, sizes, seen) for s, own in zip(model.stack, kept, strict=True)]
     embedding = numbers_of([model.embedding, model.position, model.embedding_norm], seen)
     head = numbers_of([model.final_norm, model.transform, model.head], seen)
-    head += model.head.weight.numel() if config.tie and sizes["pp"] > 1 else 0  # the last stage has a copy
+    tied = model.head.weight.numel() if config.tie and sizes["pp"] > 1 else 0  # the last stage has a copy
     flops = linear_flops([*model.transform.modules(), model.head]) * config.seq_len
-    return [Part(embedding), *layers, Part(head, flops=flops, kept=rest)]
+    return [Part(embedding), *layers, Part(head + tied, flops=flops, kept=rest, tied=tied)]
 
 
 def numbers_of(modules: list[nn.Module], seen: set[int]) -> int:

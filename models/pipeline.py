@@ -1,6 +1,8 @@
 """Pipeline parallelism: each process has some of the layers, and the parts of a step's batch go through them like a train.
 
 The schedules are those of torch.distributed.pipelining; optim/parallel/schedules.py shows when each of them works and waits.
+With fsdp, a rank gathers the weights of a stage once for all parts of a step, or of more than three stages twice, for the
+forward and the backward passes, and sums gradients once.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from kernels.shards import local
 from models.auxiliary import auxiliary_loss
@@ -169,7 +172,14 @@ class Pipeline:
             fills = zip(portion, (0, IGNORED, 0), strict=False)
             filled = [torch.cat([x, x.new_full((missing, *x.shape[1:]), fill)]) for x, fill in fills]
             total = total + self.run(self.schedule.eval, *filled, *[None] * (documents is None), 1.0)
+        self.let_go()
         return total
+
+    def let_go(self) -> None:
+        """Of gathered weights a rank keeps its share: a schedule without backward passes leaves that to others."""
+        for module in (module for stage in self.stages for module in stage.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def run(self, act: Callable, inputs: Tensor, targets: Tensor, documents: Tensor | None, scale: float) -> Tensor:
         losses = []

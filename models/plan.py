@@ -38,6 +38,7 @@ class Part(NamedTuple):
     passed: int = 0  # round the ring: keys and values
     gathered: int = 0  # of a layer that must see the whole row and has no other way
     routed: int = 0  # to the experts of a token
+    tied: int = 0  # of the parameters, those that the last stage of a pipeline has and the first too
 
 
 class Stage(NamedTuple):
@@ -123,6 +124,7 @@ class Share(NamedTuple):
     own: list[float]  # of each layer
     root: float  # of the ends
     experts: float  # of all these, those of experts
+    tied: float  # and those that another stage has too
 
     @property
     def total(self) -> float:
@@ -141,7 +143,8 @@ def shares(parts: list[Part], run: Run) -> list[Share]:
         mine, ends = layers[bounds[i] : bounds[i + 1]], [first] * (i == 0) + [last] * (i == stages - 1)
         own = [part.parameters - part.cut * (1 - 1 / tp) - part.experts * (1 - 1 / ep) for part in mine]
         experts = sum(part.experts for part in mine) / ep
-        found.append(Share(i, mine, ends, own, sum(part.parameters for part in ends), experts))
+        tied = last.tied if i in (0, stages - 1) else 0
+        found.append(Share(i, mine, ends, own, sum(part.parameters for part in ends), experts, tied))
     return found
 
 
@@ -175,8 +178,8 @@ def memory(share: Share, run: Run) -> dict[str, float]:
 
     activations: of as many micro-batches as 1F1B holds; where sublayers are run again, the most that one of them then keeps
     too, of which `stream` in truth has a chunk at a time. buffers: with shards the sublayer at work and the next one gathered
-    and the gradient of one (in a pipeline of all, which it reduces at the end), and the ends; with tp a row gathered and a
-    summand of a row.
+    and the gradient of one, and the ends (in a pipeline all that the stage has, from the first pass to the last, and its
+    gradients); with tp a row gathered and a summand of a row.
     """
     pp, tp, ep = (run.sizes[axis] for axis in ("pp", "tp", "ep"))
     state = model_state_bytes((share.total - share.experts) / run.shards, run.copies, run.zero)
@@ -191,7 +194,8 @@ def memory(share: Share, run: Run) -> dict[str, float]:
     buffers = 2 * stream if tp > 1 else 0
     if run.shards > 1:
         largest = max(share.own)
-        buffers += WEIGHT * (2 * largest + share.root) + GRADIENT * (share.total if pp > 1 else largest + share.root)
+        gathered, summed = (share.total, share.total) if pp > 1 else (2 * largest + share.root, largest + share.root)
+        buffers += WEIGHT * gathered + GRADIENT * summed
     return state | {"activations": activations + kept_at_ends(share, run), "buffers": buffers}
 
 
@@ -216,8 +220,10 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
 
     tp gathers a row before a sublayer and scatters the sum behind it, and the other way round in the backward pass; gradients
     of what it does not cut it adds up once a step. Shards are gathered before each pass of a sublayer, those of the ends once a
-    micro-batch; gradients are summed every micro-batch, in a pipeline once. The ring sends keys and values in each pass and
-    their gradients, in float32, in one.
+    micro-batch, in a pipeline all of them once a step; gradients are summed every micro-batch, in a pipeline once, and so are
+    those of experts that ep shares out. The ring sends keys and values in each pass and their gradients, in float32, in one.
+    Experts are taken to be chosen evenly. Left out are a few numbers: of a learned bias of positions, which the stages of a
+    pipeline add up, of buffers that change, of statistics of routing.
     """
     sizes, m, tp = run.sizes, run.micro_batches, run.sizes["tp"]
     forward = 1 if run.backprop == "plain" else 2
@@ -229,14 +235,17 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
     def add(axis: str, collective: str, size: float) -> None:
         sent[f"{axis} {collective}"] += size
 
-    add("fsdp", "all-gather", m * all_gather(WEIGHT * (2 * sum(share.own) + share.root), run.shards))
+    weights = share.total if sizes["pp"] > 1 else m * (2 * sum(share.own) + share.root)
+    add("fsdp", "all-gather", all_gather(WEIGHT * weights, run.shards))
     add("fsdp", "reduce-scatter", sums * all_gather(GRADIENT * share.total, run.shards))
-    for count, n in ((share.total - share.experts, run.copies), (share.experts, run.copies // sizes["ep"])):
+    once = 1 if sizes["ep"] > 1 else sums
+    others = share.total - share.experts
+    for count, n, times in (others, run.copies, sums), (share.experts, run.copies // sizes["ep"], once):
         gradients, weights = (size * count / run.shards for size in (GRADIENT, WEIGHT))
         if run.zero == 0:
-            add("dp", "all-reduce", sums * all_reduce(gradients, n))
+            add("dp", "all-reduce", times * all_reduce(gradients, n))
         else:
-            add("dp", "reduce-scatter", sums * all_gather(gradients, n))
+            add("dp", "reduce-scatter", times * all_gather(gradients, n))
             add("dp", "all-gather", (2 * m if run.zero == 3 else 1) * all_gather(weights, n))
     for part in share.layers:
         row = all_gather(stream * run.dim, tp)
@@ -253,4 +262,5 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
     add("tp", "all-reduce", all_reduce(GRADIENT * whole / run.shards, tp))
     neighbours = (share.index > 0) + (share.index < sizes["pp"] - 1)
     add("pp", "send", neighbours * stream * run.dim / tp)
+    add("pp", "all-reduce", all_reduce(GRADIENT * share.tied / run.shards, 2))
     return {name: size for name, size in sent.items() if size}

@@ -1,9 +1,10 @@
 """Optimizers and learning-rate schedules. An optimizer is one file: its equation, `reference_step`, and its class.
 
-base.py      what optimizers share: checks, wide state, exact checkpoints
-groups.py    which parameter goes to which optimizer
-combined.py  several optimizers as one
-state.py     optimizer state as tensors and JSON
+base.py        what optimizers share: checks, wide state, exact checkpoints
+groups.py      which parameter goes to which optimizer
+combined.py    several optimizers as one
+state.py       optimizer state as tensors and JSON
+loss_scale.py  float16: the factor of the loss, one for all processes
 """
 
 from .adamw import AdamW

@@ -12,7 +12,7 @@ class Combined:
     """Holds optimizers with no parameter in common and acts as one, in their order. ValueError for a shared parameter.
 
     `param_groups` are those of all, live: setting `group["lr"]` counts. Each has a `base_lr`, its learning rate at
-    construction, for schedules: `group["lr"] = group["base_lr"] * multiplier`. Works with `torch.amp.GradScaler`.
+    construction, for schedules: `group["lr"] = group["base_lr"] * multiplier`. Works with `torch.amp.GradScaler` too.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):

@@ -8,8 +8,8 @@ from tests.processes import printed_by
 MESHES = {  # processes: meshes, each with its schedule and the models of spread_processes.py
     2: ["dp=2", "fsdp=2/gqa+others", "tp=2/gqa+hybrid+experts+others", "pp=2/gqa+experts", "pp=2@looped/hybrid",
         "pp=2@interleaved/gqa", "pp=2@gpipe/others", "ulysses=2", "ring=2", "ep=2/experts"],
-    4: ["dp=2,tp=2", "fsdp=2,pp=2", "fsdp=2,ulysses=2", "dp=2,fsdp=2/gqa", "fsdp=2,tp=2/hybrid", "tp=2,ulysses=2/hybrid",
-        "ring=2,ulysses=2/gqa", "ep=2,dp=2/experts"],
+    4: ["dp=2,tp=2", "fsdp=2,pp=2", "fsdp=2,pp=2@looped/gqa", "fsdp=2,ulysses=2", "dp=2,fsdp=2/gqa", "fsdp=2,tp=2/hybrid",
+        "tp=2,ulysses=2/hybrid", "ring=2,ulysses=2/gqa", "ep=2,dp=2/experts"],
 }  # fmt: skip
 
 
