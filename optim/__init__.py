@@ -4,6 +4,7 @@ base.py      what optimizers share: checks, wide state, exact checkpoints
 groups.py    which parameter goes to which optimizer
 combined.py  several optimizers as one
 state.py     optimizer state as tensors and JSON
+offload.py   state and steps on the host
 """
 
 from .adamw import AdamW
