@@ -13,13 +13,15 @@ from .groups import by_parts, split_parameters
 from .lamb import Lamb
 from .muon import Muon
 from .schedule import SCHEDULES
+from .sparse_adamw import SparseAdamW
 from .state import flatten_state, unflatten_state
 
 OPTIMIZERS = {
     "adamw": AdamW,
+    "sparse_adamw": SparseAdamW,
     "lamb": Lamb,
     "muon": Muon,
 }
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Lamb", "Muon"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "AdamW", "Combined", "Lamb", "Muon", "SparseAdamW"]
 __all__ += ["by_parts", "flatten_state", "split_parameters", "unflatten_state"]

@@ -26,6 +26,12 @@ def host_of(device: torch.device) -> torch.device:
     return device if device.type == "meta" else torch.device("cpu")
 
 
+def wait(device: torch.device) -> None:
+    """Until what was sent from a device has arrived on the host."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 class Here:
     """Everything stays where the parameter is."""
 
@@ -88,14 +94,15 @@ class Host(Here):
         grads = [local(param.grad) for param in params]
         moved = [grad.to(host_of(grad.device), non_blocking=True) for grad in grads]  # from a GPU: into pinned memory
         self.bytes_moved["down"] += sum(grad.nbytes for grad in moved)
-        for device in {grad.device for grad in grads if grad.device.type not in ("cpu", "meta")}:
-            torch.accelerator.synchronize(device)
+        for device in {grad.device for grad in grads}:
+            wait(device)
         return [grad.to(dtype) for grad in moved]
 
     def copy(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         if param not in self.copies:
             mine = local(param)
-            self.copies[param] = mine.to(host_of(mine.device), dtype, copy=True)
+            self.copies[param] = mine.to(host_of(mine.device), dtype, non_blocking=True, copy=True)
+            wait(mine.device)
         return self.copies[param]
 
     def replace(self, param: Tensor, copy: Tensor) -> None:
