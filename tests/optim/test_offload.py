@@ -142,6 +142,12 @@ def test_parts_of_parameters_step_on_the_host_as_on_the_device():
     assert lines == [f"{mesh}: equal" for mesh in ("fsdp=2", "tp=2")]
 
 
+def test_the_flag_is_listed(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "--offload, --no-offload" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_changes_sides_and_ends_as_if_it_had_not(first, tmp_path):
     text = tmp_path / "text"
