@@ -304,7 +304,10 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     groups = [dict(params=head), dict(params=embedding, lr=config.embedding_lr), dict(params=vector, weight_decay=0.0)]
     groups = [group for group in groups if group["params"]]
     made = (matrices, by_parts(model, hidden), options), (rest, groups, rest_options)
-    return Combined(make(params, **given) for make, params, given in made if params)
+    optimizer = Combined(make(params, **given) for make, params, given in made if params)
+    if config.offload:
+        optimizer.offload()
+    return optimizer
 
 
 def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:

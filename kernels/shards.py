@@ -18,10 +18,16 @@ def local(x: Tensor) -> Tensor:
 
 def whole(x: Tensor, like: Tensor) -> Tensor:
     """All of it, where x is this process's part of a tensor cut as `like` is. Every process calls this in the same order."""
+    x = cut_like(x, like)
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def cut_like(x: Tensor, like: Tensor) -> Tensor:
+    """The tensor, cut as `like` is, of which this process's part is x: a DTensor if that is one."""
     if not isinstance(like, DTensor):
         return x
     options = dict(shape=like.shape, stride=like.stride(), run_check=False)
-    return DTensor.from_local(x, like.device_mesh, like.placements, **options).full_tensor()
+    return DTensor.from_local(x, like.device_mesh, like.placements, **options)
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ import torch
 
 from models import Config, build_model
 from models.auxiliary import after_step
+from models.extract_domain import extract
 from models.probe_experts import entropy, expert_loads, specialisation
 from models.stack import FFNS
 from nn.context import Context
+from nn.moe.host_experts import moved_bytes
 from nn.moe.losses import Balance, balance, shares_of
 from nn.moe.routing import counts_of
 from nn.spec import build
-from optim import AdamW
+from optim import AdamW, Combined, SparseAdamW
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -210,6 +212,46 @@ print("ids an expert   ", *(f"{int(n):>6}" for n in counts_of(table, E)))
 print("tokens an expert", *(f"{int(n):>6}" for n in total), f"  entropy {entropy(total):.2f}, {nats:.3f} nats a token")
 assert counts_of(table, E).eq(128 // E).all() and total.max() > 1.5 * total.double().mean()
 assert not list(model.stack[1].layer.router.parameters())
+
+# %% [markdown]
+# Experts that few tokens ask can be stored elsewhere. In PanGu-Sigma they live in the host's memory, weights and Adam's state;
+# those that a batch asks visit the device, and the step touches no others. Here each step is of one kind of text, and of 32
+# experts each kind has 16 of its own, or all are for both. `host=true` computes what experts on the device compute.
+
+# %%
+print(f"{'experts of':>11} {'nats a token':>13} {'moved of all':>13} {'kept, other kind':>17}")
+AWAY = {}
+for name, domains in (("both kinds", 1), ("one kind", 2)):
+    spec = f"moe:experts=32:width=24:z=0:router=hash/domains={domains}:host=true"
+    model = build_model(Config.of(stem="", mixer="gqa", ffn=spec, depth=1, dim=48, heads=2, vocab_size=128, seq_len=T))
+    experts, kind = [p for n, p in model.named_parameters() if ".experts." in n], [torch.tensor([[i]]) for i in (0, 1)]
+    others = [p for n, p in model.named_parameters() if ".experts." not in n]
+    options = dict(lr=3e-3, weight_decay=0.0)
+    optimizer = Combined([SparseAdamW(experts, **options), AdamW(others, **options)])
+    kept = []
+    for step, pair in enumerate(itertools.islice(zip(rows(sums, 8, 1), rows(sentences, 8, 2), strict=True), 120)):
+        part, before = pair[step % 2], [p.detach().clone() for p in experts]
+        (model(part[:, :-1], part[:, 1:], domains=kind[step % 2]) / (8 * T)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        same = torch.stack([(p == old).flatten(1).all(1) for p, old in zip(experts, before, strict=True)]).all(0)
+        kept.append(same[16:].double().mean() if step % 2 == 0 else same[:16].double().mean())
+    moved = moved_bytes(model)["up"] / (120 * sum(p.numel() * 4 for p in experts))
+    with torch.no_grad():
+        nats = sum(model(h[:, :-1], h[:, 1:], domains=d).item() for h, d in zip(HELD, kind, strict=True))
+    AWAY[name] = nats / sum(h[:, 1:].numel() for h in HELD), moved, torch.stack(kept).mean().item()
+    print(f"{name:>11} {AWAY[name][0]:>13.3f} {AWAY[name][1]:>13.2f} {AWAY[name][2]:>17.2f}")
+assert AWAY["one kind"][1] <= 0.5 and AWAY["one kind"][2] == 1.0
+
+# %% [markdown]
+# A kind of text with experts of its own can be cut out as a model of its own, which computes the same numbers
+# (`python -m models.extract_domain`).
+
+# %%
+small = extract(model, domain=1).eval()
+with torch.no_grad():
+    assert torch.equal(small(HELD[1][:, :-1]), model.eval()(HELD[1][:, :-1], domains=kind[1]))
+print("parameters:", *(f"{sum(p.numel() for p in m.parameters()):,}" for m in (model, small)))
 
 # %% [markdown]
 # ## Routers that remember

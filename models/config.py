@@ -57,7 +57,7 @@ class Config:
     minutes: float = flag("training", 3.3, "wall-clock time of training, where no steps are given")
     batch_size: int = flag("training", 16, "sequences a step, over all processes")
     accumulate: int = flag("training", 1, "split each step's batch into this many parts, one after the other")
-    optimizer: str = flag("training", "muon:lr=0.02", "what moves the hidden matrices: muon, adamw, lamb")
+    optimizer: str = flag("training", "muon:lr=0.02", "what moves the hidden matrices: muon, adamw, lamb, …")
     rest_optimizer: str = flag("training", "adamw:lr=0.004:betas=0.8+0.95:eps=1e-10:weight_decay=0",
                                "what moves head, embeddings and vectors")
     embedding_lr: float = flag("training", 0.02, "learning rate of the embeddings")
@@ -73,6 +73,7 @@ class Config:
                       "of matrix products; auto: bfloat16 where it is faster", ("auto", "float32", "bfloat16", "float16"))
     mesh: str = flag("machine", "", "how processes share the work: fsdp=4,tp=2, of pp, dp, ep, fsdp, ring, ulysses, tp")
     pipeline: str = flag("machine", "1f1b", "the schedule of pp: gpipe, 1f1b, interleaved:stages=2, looped (--list pipeline)")
+    offload: bool = flag("machine", False, "the optimizer's state and its steps live in the host's memory")
     compile: bool = flag("machine", False, "compile the model with torch.compile (CPU: needs a C++ compiler)")
 
     out: str = flag("output", "", "folder of the run (default: runs/<date>-<time>)")

@@ -151,7 +151,7 @@ def planned(config: Config, rows: int, micro_batches: int, zero: int, hardware: 
 
     sizes = parse_mesh(config.mesh)
     check(sizes, wrapped=False)
-    run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop.partition(":")[0])
+    run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop.partition(":")[0], config.offload)
     parts = parts_of(config, sizes)
     stages = plan(parts, run)
     fullest = max(stages, key=lambda stage: sum(stage.bytes.values()))
@@ -160,6 +160,7 @@ def planned(config: Config, rows: int, micro_batches: int, zero: int, hardware: 
     lines = [f"{named}: {math.prod(sizes.values()):,} ranks, a step of {sequences:,} x {config.seq_len:,} tokens", ""]
     memory = fullest.bytes | {"together": together}
     lines += [f"{name:28}{size:>18,.0f} bytes a rank" for name, size in memory.items()]
+    lines += [f"{'host: ' + name:28}{size:>18,.0f} bytes a rank" for name, size in fullest.host.items()]
     lines += ["", *(f"{name:28}{size:>18,.0f} bytes sent a step" for name, size in fullest.sent.items())]
     lines += [""] if fullest.sent else []
     for name in [hardware] if hardware else HARDWARE:

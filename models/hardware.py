@@ -34,7 +34,7 @@ def seconds(stages: list[Stage], run: Run, hardware: Hardware) -> float:
     needs (tp, ulysses, ep, pp); beside: messages that travel meanwhile (weights, gradients, keys and values on a ring), of
     which what takes longer counts; p - 1 of m micro-batches are a pipeline's bubble. An axis has the rate of a node's links if
     its ranks, which are as far apart as the axes within it make them, are all in one. Left out: products below the peak,
-    latencies, several axes on one wire, experts with uneven loads, so that the truth is worse.
+    latencies, several axes on one wire, experts with uneven loads, steps on the host, so that the truth is worse.
     """
     bubble, times = (run.sizes["pp"] - 1) / run.micro_batches, []
     for stage in stages:

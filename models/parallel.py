@@ -22,6 +22,7 @@ from kernels.shards import cuts, local, sum_of_squares
 from models.language_model import LanguageModel
 from models.pipeline import PIPELINES, Pipeline
 from nn.moe.expert_parallel import share_experts
+from nn.moe.host_experts import HostLinear
 from nn.parallel.mixers import share_sequence
 from nn.parallel.tensor import share_layers
 from nn.spec import build
@@ -58,6 +59,8 @@ class Spread:
         self.averaged = dp * ep * fsdp * ring * ulysses  # processes over which the engine takes the mean of gradients
         if self.is_alone:
             return
+        if device_type != "cpu" and any(isinstance(module, HostLinear) for module in model.modules()):
+            raise ValueError("mesh: experts on the host (moe:host=true) visit one device; with several, ep shares them out")
         self.rank = dist.get_rank()
         shape, names = (pp, dp * ep, fsdp * ring * ulysses, tp), ("pp", "copies", "shards", "tp")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
@@ -137,8 +140,9 @@ class Spread:
         if self.pipeline:
             dist.all_reduce(square, group=self.stage.get_group())
         norm = square.sqrt()
-        for grad in grads.values():
-            local(grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        for grad in map(local, grads.values()):
+            grad.mul_(factor.to(grad.device))
         return norm
 
     def gather(self, name: str, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     sent: dict[str, float]  # bytes, by axis and collective
     flops: float
     moved: float  # bytes from and to its own memory
+    host: dict[str, float] = {}  # bytes in the host's memory, and those that go there and back in a step
 
 
 def all_reduce(whole: float, n: int) -> float:
@@ -94,6 +95,7 @@ class Run(NamedTuple):
     micro_batches: int = 1  # m
     zero: int = 0  # how the copies that the axes leave hold the state
     backprop: str = "plain"  # what is kept for the backward pass, a name of models.backprop
+    offload: bool = False  # whether the optimizer's state and steps are on the host (optim/offload.py)
 
     @property
     def sharded(self) -> bool:
@@ -159,7 +161,16 @@ def plan(parts: list[Part], run: Run) -> list[Stage]:
     chunks = run.positions * sizes["tp"] * (2 if sizes["ring"] > 1 else 1)
     if run.tokens % chunks:
         raise ValueError(f"mesh: {run.tokens} tokens of a row cannot be shared out in {chunks} parts evenly")
-    return [Stage(memory(share, run), traffic(share, run), *work(share, run)) for share in shares(parts, run)]
+    return [on_host(Stage(memory(share, run), traffic(share, run), *work(share, run)), run) for share in shares(parts, run)]
+
+
+def on_host(stage: Stage, run: Run) -> Stage:
+    """With `offload` the optimizer's bytes are the host's: gradients go down to it, parameters come up."""
+    if not run.offload:
+        return stage
+    held = stage.bytes["optimizer"]
+    size = (GRADIENT + WEIGHT) * held / OPTIMIZER
+    return stage._replace(bytes=stage.bytes | {"optimizer": 0.0}, host={"optimizer": held, "down and up": size})
 
 
 def kept_bytes(share: Share, run: Run) -> list[float]:
@@ -211,7 +222,8 @@ def work(share: Share, run: Run) -> tuple[float, float]:
         twice = part.mixing if run.backprop == "selective" else again * part.flops
         flops += (3 * part.flops + twice) / (tp if part.shared else 1)
     moved = m * (4 * (sum(kept_bytes(share, run)) + kept_at_ends(share, run)) + (3 + again) * WEIGHT * share.total)
-    moved += (2 * OPTIMIZER + GRADIENT + WEIGHT) * share.total / (run.shards * (run.copies if run.zero else 1))
+    step = GRADIENT + WEIGHT + (0 if run.offload else 2 * OPTIMIZER)
+    moved += step * share.total / (run.shards * (run.copies if run.zero else 1))
     return flops * m * run.rows / run.positions, moved
 
 

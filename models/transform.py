@@ -14,10 +14,11 @@ from models.weights import load_model, save_model
 
 
 def command(argv: list[str] | None, name: str, doc: str, flags: Callable[[Parser], None],
-            change: Callable[..., LanguageModel]) -> int:  # fmt: skip
+            change: Callable[..., LanguageModel], *, told: Callable[..., dict] = lambda **_: {}) -> int:  # fmt: skip
     """Read a checkpoint, change its model, write it to a folder with its tokenizer. 2 after a mistake, told in one line.
 
-    `flags` adds options to the parser; `change(model, **options)` gives the new model. What differs is printed.
+    `flags` adds options to the parser; `change(model, **options)` gives the new model. What differs is printed, where both
+    are told `told(**options)` beside the tokens.
     """
     parser = Parser(prog=f"python -m models.{name}", description=doc.splitlines()[0])
     parser.add_argument("checkpoint", help="a run, a checkpoint or a published model")
@@ -33,7 +34,7 @@ def command(argv: list[str] | None, name: str, doc: str, flags: Callable[[Parser
         made = change(model, **options)
         tokens = torch.randint(model.config.vocab_size, (1, min(model.config.seq_len, 64)))
         with torch.inference_mode():
-            before, after = model(tokens), made(tokens)
+            before, after = (m(tokens, **told(**options)) for m in (model, made))
         out.mkdir(parents=True)
         save_model(made, out)
         copy_tokenizer(folder, out)

@@ -10,7 +10,10 @@ copied, the router is drawn from N(0, 0.02^2), and only it tells the copies apar
 
 so what the model computes stays the same where the weights g have the sum 1: a softmax over the chosen, as in Mixtral. A
 softmax over all experts, of which the chosen keep theirs, makes every such layer smaller by what the others would have had
-(Vavre et al. 2024, "Llama 3 Meets MoE: Efficient Upcycling", arXiv:2412.09952, compare both).
+(Vavre et al. 2024, "Llama 3 Meets MoE: Efficient Upcycling", arXiv:2412.09952, compare both). Experts that a table chooses by
+the token's id, and by its domain, begin so too (Ren et al. 2023, "PanGu-Sigma", arXiv:2303.10845, section 3.2):
+
+    python -m models.upcycle runs/20261120-121353 --top-k 1 --layers last --options router=hash/domains=4 --out mixture
 
 What one process holds of a sharded model is made from the dense tensors by themselves: `upcycled` for experts a to b.
 """
@@ -31,7 +34,10 @@ from models.stack import layer_numbers
 from models.transform import command
 from nn.checks import at_least
 from nn.ffn import GLU, MLP, SGLU, GeGLU, SwiGLU
+from nn.moe import MoE
 from nn.moe.experts import GATED, PLAIN
+from nn.moe.moe import make_router
+from nn.spec import resolve
 
 DENSE = (MLP, GLU, SwiGLU, GeGLU, SGLU)
 
@@ -77,6 +83,10 @@ def upcycle(
     specs = [moe_spec(place, experts=experts, top_k=top_k, width=place.width, options=further) for place in places]
     drawn = dict(noise=noise, router_std=router_std, seed=seed)
     tensors = upcycled(model_tensors(model), [place.prefix for place in places], experts, **drawn)
+    for place, spec in zip(places, specs, strict=True):
+        if table := table_of(model, place, spec):
+            del tensors[place.prefix + "router.gate.weight"]
+            tensors |= table
     return assembled(model, with_specs(model, places, specs), tensors)
 
 
@@ -117,6 +127,16 @@ def router_tensors(up: Tensor, prefix: str, experts: int, std: float, seed: int)
     """The matrix (E, dim) of a fresh router before an ffn with `up` (width, dim), of its dtype."""
     like = up.new_empty(experts, up.shape[1])
     return {f"{prefix}router.gate.weight": std * normal(like, seed, prefix, "router")}
+
+
+def table_of(model: LanguageModel, place: Place, spec: str) -> dict[str, Tensor]:
+    """The table of token ids of a mixture that routes by it, as a fresh model of this spec has it; {} for other routers."""
+    _, options = resolve(spec, {"moe": MoE}, "ffn")
+    if not options.get("router", "").startswith("hash"):
+        return {}
+    given = dict(top_k=options["top_k"], experts=options["experts"], vocab_size=model.config.vocab_size)
+    router = make_router(options["router"], model.config.dim, layer=layer_numbers(model.specs)[place.number], **given)
+    return {f"{place.prefix}router.table": router.table}
 
 
 def normal(like: Tensor, *seeds: int | str) -> Tensor:
@@ -196,7 +216,7 @@ def shared_flags(parser: Parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(argv, "upcycle", __doc__, flags, upcycle)
+    return command(argv, "upcycle", __doc__, flags, upcycle, told=lambda **_: dict(domains=torch.tensor([[0]])))
 
 
 if __name__ == "__main__":

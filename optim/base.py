@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernels.shards import local
 
+from .offload import Here
+
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raise a ValueError naming the argument, what would be right and what came, unless `condition` holds."""
@@ -32,7 +34,9 @@ class Optimizer(torch.optim.Optimizer):
     init_state(param): the state before the first step, tensors in `wide(param.dtype)`, ints and floats.
     update(group, params, grads, states): one step in place on one bucket of wide parameters with their wide gradients
     (never written to) and states. Of parameters that are cut among processes (DTensors) it gets this process's parts if
-    the class is `elementwise`, so that no number needs another; else the DTensors.
+    the class is `elementwise`, so that no number needs another; else the DTensors, but still this process's parts of their
+    gradients. Of those gradients, and of states, it may find that they are on the host, and what it sends on from there goes
+    through `self.place.up(x, param)`; if the class is `elementwise`, the parameters are on the host too (offload.py).
 
     Every group also gets `base_lr`, its learning rate at construction, so that a schedule can set
     `group["lr"] = group["base_lr"] * multiplier` before each step. Parameters whose gradient is None are left alone.
@@ -41,6 +45,7 @@ class Optimizer(torch.optim.Optimizer):
     float64 from its first state `{}`, whose keywords are keys of a group. The contract test holds the class to it.
     """
 
+    place = Here()
     elementwise = True
     ndims: tuple[int, ...] | None = None  # numbers of axes a parameter may have; None: any
     exact: dict = {}  # keywords with which a step equals reference_step up to rounding in the parameter's own dtype
@@ -91,27 +96,35 @@ class Optimizer(torch.optim.Optimizer):
                 dtype = wide(dtype)
                 for param in params:
                     if not self.state[param]:
-                        self.state[param].update(self.init_state(param))
-                widened = [p.to(dtype) for p in params]  # the parameter itself where it is wide already
-                states = [self.state[p] for p in params]
+                        self.state[param].update(self.first_state(param))
+                states, grads = [self.state[p] for p in params], self.place.gradients(params, dtype)
                 if self.elementwise:
+                    copies = [self.place.copy(p, dtype) for p in params]  # the parameter itself where it is wide already
                     parts = [{key: local(value) for key, value in state.items()} for state in states]
-                    self.update(group, [local(p) for p in widened], [local(p.grad).to(dtype) for p in params], parts)
+                    self.update(group, copies, grads, parts)
                     for state, part in zip(states, parts, strict=True):
                         state.update((key, value) for key, value in part.items() if not isinstance(value, Tensor))
+                    for param, copy in zip(params, copies, strict=True):
+                        self.place.replace(param, copy)
                 else:
-                    self.update(group, widened, [p.grad.to(dtype) for p in params], states)
-                for param, result in zip(params, widened, strict=True):
-                    if result is not param:
-                        param.copy_(result)
+                    widened = [p.to(dtype) for p in params]
+                    self.update(group, widened, grads, states)
+                    for param, result in zip(params, widened, strict=True):
+                        if result is not param:
+                            param.copy_(result)
         return loss
+
+    def first_state(self, param: Tensor) -> dict:
+        """`init_state`, in its place."""
+        state = self.init_state(param)
+        return {key: self.place.state(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue exactly where `state_dict` was taken. ValueError where its groups, sizes or shapes do not fit.
 
         torch.optim would round the state to the parameter's dtype and share memory with `state_dict`; this copies every
-        value as it is, moving tensors to the parameter's device.
+        value as it is, moving tensors to where the state lives.
         """
         require({"state", "param_groups"} <= set(state_dict), "state_dict", sorted(state_dict), "an optimizer's")
         for group in state_dict["param_groups"]:
@@ -126,11 +139,13 @@ class Optimizer(torch.optim.Optimizer):
             state = state_dict["state"].get(number)
             if not state:
                 continue
-            first = self.init_state(param)
+            first = self.first_state(param)
             require(set(state) == set(first), f"state of parameter {number}", sorted(state), f"made of {sorted(first)}")
             for key, value in state.items():
                 shape, wanted = getattr(value, "shape", None), getattr(first[key], "shape", None)
                 require(shape == wanted, f"{key} of parameter {number}", shape, f"of shape {wanted}")
-            states[param] = {k: v.to(param.device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            home = self.place.device(param)
+            states[param] = {k: v.to(home, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
+        self.place.forget()

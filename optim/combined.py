@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .base import require
+from .base import Optimizer, require
+from .offload import Host
 
 
 class Combined:
@@ -39,6 +40,19 @@ class Combined:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
+
+    def offload(self) -> dict[str, int]:
+        """From now on state and steps live on the host (offload.py); the count of bytes that move, `down` and `up`, live.
+
+        To be called before the first step. ValueError where an optimizer is not one of ours.
+        """
+        for optimizer in self.optimizers:
+            require(isinstance(optimizer, Optimizer), "offload", type(optimizer).__name__, "asked of optimizers of ours")
+            require(not optimizer.state, "offload", "after a step", "asked for before the first step")
+        place = Host()
+        for optimizer in self.optimizers:
+            optimizer.place = place
+        return place.bytes_moved
 
     def state_dict(self) -> dict:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}

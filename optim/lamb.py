@@ -76,12 +76,13 @@ class Lamb(AdamW):
     def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         (beta1, beta2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
         own, steps = [local(param) for param in params], []
-        for param, grad, state in zip(own, map(local, grads), states, strict=True):
+        for param, grad, state in zip(own, grads, states, strict=True):
             state["step"] += 1
             mean = local(state["mean"]).lerp_(grad, 1 - beta1)
             square = local(state["square"]).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
-            steps.append((mean / (1 - beta1 ** state["step"])).div_(root).add_(param, alpha=decay))
+            step = self.place.up((mean / (1 - beta1 ** state["step"])).div_(root), param)
+            steps.append(step.add_(param, alpha=decay))
         for param, step, weight, update in zip(own, steps, lengths(own, params), lengths(steps, params), strict=True):
             trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)  # stays on the device: nothing waits
             param.sub_(step.mul_(lr * trust))

@@ -93,9 +93,10 @@ class Muon(Optimizer):
 
     def update(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         lr, momentum, dtype = group["lr"], group["momentum"], getattr(torch, group["dtype"])
-        grads, means = [local(grad) for grad in grads], [local(state["mean"]) for state in states]
+        means = [local(state["mean"]) for state in states]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         steps = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
+        steps = [self.place.up(step, param) for step, param in zip(steps, params, strict=True)]
         torch._foreach_mul_([local(param) for param in params], 1 - lr * group["weight_decay"])
         steps = torch.stack([whole(step, like=param) for step, param in zip(steps, params, strict=True)])
         parts = list(group["parts"]) or [params[0].shape[-2]]

@@ -5,6 +5,7 @@ losses.py        balance and z-loss
 capacity.py      a bound on what an expert takes, and what becomes of the rest
 compressed.py    fewer experts a token
 experts.py       the experts as stacks of matrices
+host_experts.py  stacks on the host, of which a device sees what a batch asks for
 """
 
 from nn.moe.moa import MoA

@@ -64,7 +64,8 @@ class Experts(nn.Module):
     """E feed-forward layers of one shape, of which each token goes through those chosen for it: W_down (f(W_gate x) * W_up x).
 
     Without `gated`, W_down f(W_up x). Choices are sorted by expert, three grouped products (kernels/grouped_matmul.py) gather
-    tokens and scatter results, and the choices of a token are added up. Nothing is padded, nothing dropped.
+    tokens and scatter results, and the choices of a token are added up. Nothing is padded, nothing dropped. The stacks of
+    matrices are layers of the class `linear`.
     """
 
     def __init__(
@@ -76,17 +77,27 @@ class Experts(nn.Module):
         activation: Activation = "silu",
         gated: bool = True,
         uses: int = 1,
+<<<<<<< HEAD
         gradient: float = 1.0,
+=======
+        linear: type[StackedLinear] = StackedLinear,
+>>>>>>> h2
     ):
         super().__init__()
         at_least(1, experts=experts, width=width)
         if activation not in (known := GATED if gated else PLAIN):
             raise ValueError(f"activation: {'gated' if gated else 'plain'} experts know {', '.join(known)}, not {activation}")
         self.experts, self.activation = experts, activation
+<<<<<<< HEAD
         options = dict(uses=uses, gradient=gradient)
         self.gate = StackedLinear(experts, dim, width, **options) if gated else None
         self.up = StackedLinear(experts, dim, width, **options)
         self.down = StackedLinear(experts, width, dim, writes_residual=True, **options)
+=======
+        self.gate = linear(experts, dim, width, uses=uses) if gated else None
+        self.up = linear(experts, dim, width, uses=uses)
+        self.down = linear(experts, width, dim, uses=uses, writes_residual=True)
+>>>>>>> h2
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""

@@ -72,7 +72,8 @@ class WholeState:
         shape, dtype = self.tensors[name]
         first = optimizer.init_state(torch.empty(shape, dtype=dtype, device="meta"))
         parameter = self.parameters.get(name)
-        ours = {} if parameter is None else self.holders[id(parameter)].state.get(parameter, {})
+        holder = None if parameter is None else self.holders[id(parameter)]
+        ours = {} if parameter is None else holder.state.get(parameter, {})
         numbers = [1.0, *(ours[key] for key, value in first.items() if not isinstance(value, Tensor))] if ours else None
         count = 1 + sum(not isinstance(value, Tensor) for value in first.values())
         given = torch.tensor(numbers or [0.0] * count, dtype=torch.float64, device=self.spread.device)
@@ -83,7 +84,8 @@ class WholeState:
         whole = {}
         for key, value in first.items():
             if isinstance(value, Tensor):
-                tensor = self.spread.gather(name, ours.get(key), value.shape, value.dtype)
+                own = holder.place.as_param(ours[key], parameter) if ours else None
+                tensor = self.spread.gather(name, own, value.shape, value.dtype)
                 whole[key] = tensor if self.spread.rank == 0 else None
             else:
                 whole[key] = type(value)(next(numbers))
@@ -98,8 +100,10 @@ class WholeState:
             for number, name in enumerate(names):
                 parameter = self.parameters.get(name)
                 if parameter is not None and (state := old["state"].get(number)):
-                    cut = {k: cut_as(v, parameter) if isinstance(v, Tensor) else v for k, v in state.items()}
-                    self.holders[id(parameter)].state[parameter].update(cut)
+                    holder = self.holders[id(parameter)]
+                    for key, value in state.items():
+                        own = holder.place.state(cut_as(value, parameter)) if isinstance(value, Tensor) else value
+                        holder.state[parameter][key] = own
             each.state.clear()
 
 

@@ -5,6 +5,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -55,11 +56,18 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 class Run:
     """A model and its optimizer on a mesh, or by itself."""
 
-    def __init__(self, name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b", weights: dict | None = None):
+    def __init__(
+        self,
+        name: str,
+        sizes: dict[str, int] | None,
+        pipeline: str = "1f1b",
+        weights: dict | None = None,
+        make_optimizer: Callable = optimizer_of,
+    ):
         self.model, self.sizes = make(name), sizes
         if weights:
             load_weights(self.model, weights, "test")
-        self.whole = WholeState(self.model, model_tensors, optimizer_of)
+        self.whole = WholeState(self.model, model_tensors, make_optimizer)
         self.place, self.places = share_of_rows(dist.get_rank(), sizes) if sizes else (0, 1)
         options = dict(pipeline=pipeline, rows=ROWS // self.places, parts=PARTS)
         self.spread = Spread(self.model, sizes or sizes_of("", 1), **options)

@@ -129,6 +129,22 @@ def test_nothing_is_held_twice_at_stage_3(mesh):
     assert 4 * states == pytest.approx(16 * numel(Config.of(**TINY | options)))
 
 
+@pytest.mark.parametrize("mesh, zero", [("", 0), ("dp=4", 1), ("fsdp=2,pp=3", 0)])
+def test_offload_puts_the_optimizer_on_the_host(mesh, zero):
+    """All else stays; of the 16 bytes a parameter the device keeps 4, and as many go down and up in a step of its share."""
+    for here, there in zip(plan(*make({}, mesh, zero=zero)), plan(*make({}, mesh, zero=zero, offload=True)), strict=True):
+        assert there.bytes == here.bytes | {"optimizer": 0} and here.host == {} and there.sent == here.sent
+        assert there.host == {"optimizer": here.bytes["optimizer"], "down and up": here.bytes["optimizer"] / 3}
+        assert here.moved - there.moved == pytest.approx(2 * here.bytes["optimizer"])
+
+
+def test_offload_is_a_flag_of_the_plan(capsys):
+    assert main(["--model", "llama-1m", "--mesh", "fsdp=2", "--offload"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("host: ")] == [["host:", "optimizer"], ["host:", "down"]]
+    assert "optimizer                                    0 bytes a rank" in lines
+
+
 def test_tensor_parallelism_holds_its_cuts():
     """By hand: heads and neurons are shared out, norms, embedding and head are not."""
     config = Config.of(**TINY, model="llama-1m", mixer="gqa:kv_heads=2", ffn="swiglu:width=48", tie=False)

@@ -8,6 +8,7 @@ import torch
 import train
 from models import build_model
 from models.checkpoint import model_tensors
+from models.extract_domain import extract
 from models.upcycle import dense_ffns, main, upcycle, upcycled
 from models.weights import load_model, save_model
 from nn.moe import MoE
@@ -32,6 +33,21 @@ def test_at_step_zero_a_mixture_of_equals_is_the_dense_model(ffn):
     torch.testing.assert_close(made(tokens()), dense, rtol=0, atol=1e-13)
     assert (upcycle(model, over="all", router_std=0.25)(tokens()) - dense).abs().max() > 1e-2
     torch.testing.assert_close(upcycle(model, over="all", experts=3, top_k=3)(tokens()), dense, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_experts_of_domains_inherit_the_dense_model():
+    """Chosen by a table, that of a new model of this spec; in every domain, and cut out, what the dense model computes."""
+    model = trained()
+    dense = model(tokens())
+    made = upcycle(model, experts=6, top_k=1, layers="3-4", options="router=hash/domains=3/seed=2")
+    assert [spec.partition(":")[0] for spec in made.specs[1::2]] == ["swiglu", "swiglu", "moe", "moe"]
+    for number in (5, 7):
+        fresh = build_model(made.config).stack[number].layer.router.table
+        assert torch.equal(made.stack[number].layer.router.table, fresh) and fresh.shape == (3, 40, 1)
+    for domain in range(3):
+        torch.testing.assert_close(made(tokens(), domains=torch.full((3, 1), domain)), dense, rtol=0, atol=1e-13)
+        torch.testing.assert_close(extract(made, domain=domain)(tokens()), dense, rtol=0, atol=1e-13)
 
 
 @torch.no_grad()

@@ -1,0 +1,54 @@
+"""What each of several processes does in tests/optim/test_offload.py: steps on the host, beside steps on the device.
+
+torchrun --nproc-per-node 2 -m tests.optim.offload_processes fsdp=2 tp=2
+"""
+
+import sys
+
+import torch.distributed as dist
+
+from nn.parallel.mesh import sizes_of
+from optim import AdamW, Combined, Lamb, Muon, by_parts, split_parameters
+from tests.models.spread_processes import Run
+
+
+def optimizer_of(model) -> Combined:
+    split = split_parameters(model)
+    matrices = Muon(by_parts(model, split.hidden), lr=0.02, dtype="float64")
+    return Combined([matrices, Lamb(split.head + split.embedding, lr=0.01), AdamW(split.vector, lr=0.01)])
+
+
+def offloaded(model) -> Combined:
+    optimizer = optimizer_of(model)
+    optimizer.moved = optimizer.offload()
+    return optimizer
+
+
+def compare(mesh: str) -> None:
+    sizes, other = sizes_of(mesh, dist.get_world_size()), sizes_of("pp=2", 2)
+    here, there = (Run("gqa", sizes, make_optimizer=make) for make in (optimizer_of, offloaded))
+    for number in range(2):
+        assert here.step(number) == there.step(number)
+    numbers = sum(getattr(p, "_local_tensor", p).numel() for p in there.model.parameters() if p.requires_grad)
+    assert there.optimizer.moved == dict(down=2 * 8 * numbers, up=2 * 8 * numbers), (there.optimizer.moved, numbers)
+    states = [run.everything() for run in (here, there)]
+    assert states[0].keys() == states[1].keys() and all(states[0][k].equal(states[1][k]) for k in states[0])
+    weights = {name: states[0][name] for name in here.whole.tensors}
+    went_on = []
+    for before, make in ((here, offloaded), (there, optimizer_of)):
+        for target in (sizes, other):
+            after = Run("gqa", target, weights={k: v.clone() for k, v in weights.items()}, make_optimizer=make)
+            after.whole.load_optimizer_state(before.whole.optimizer_state())
+            found = after.everything()
+            assert all(states[0][k].equal(found[k]) for k in found), target
+            went_on.append(after.step(2))
+    assert went_on[:2] == went_on[2:], went_on
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for mesh in sys.argv[1:]:
+        compare(mesh)
+        if dist.get_rank() == 0:
+            print(f"{mesh}: equal", flush=True)
+    dist.destroy_process_group()
