@@ -117,11 +117,10 @@ def law_of(points: list[Point]) -> tuple[RoutedLaw, float, float]:
 def show_laws(points: list[Point]) -> dict[str, RoutedLaw]:
     """Print the losses of all runs and each router's law; the laws."""
     experts = sorted({point.experts for point in points})
+    losses = {(point.router, point.size, point.experts): f"{point.loss:.4f}" for point in points}
     print(f"{'router':>9} {'N':>8} " + " ".join(f"{f'E={many}':>7}" for many in experts))
-    for router in dict.fromkeys(point.router for point in points):
-        for size in sorted({point.size for point in points}):
-            row = {point.experts: point.loss for point in points if (point.router, point.size) == (router, size)}
-            print(f"{router:>9} {size:>8,} " + " ".join(f"{row[many]:>7.4f}" for many in experts))
+    for router, size in dict.fromkeys((point.router, point.size) for point in points):
+        print(f"{router:>9} {size:>8,} " + " ".join(f"{losses.get((router, size, many), ''):>7}" for many in experts))
     print(f"{'router':>9} {'a':>8} {'b':>8} {'c':>8} {'d':>7} {'cut-off':>9} {'off the law':>12} {'off a line in N':>16}")
     laws = {}
     for router in dict.fromkeys(point.router for point in points):
