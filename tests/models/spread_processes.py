@@ -19,7 +19,7 @@ from optim import AdamW, Combined, Muon, by_parts, flatten_state, split_paramete
 from optim.parallel.whole_state import WholeState
 
 SMALL = dict(dim=32, depth=2, heads=4, vocab_size=50, seq_len=16, stem="", init="gpt2", norm="rmsnorm")
-OF_MOE = "width=12:shared=1:scope=global"
+OF_MOE = "width=12:shared=1:scope=global:expert_gradients=sqrt"
 MODELS = {
     "gqa": SMALL | dict(mixer="gqa:kv_heads=2:qk_norm=head:bias=true", ffn="swiglu:width=40", tie=True),
     "hybrid": SMALL | dict(mixer="mamba2:state=8:head_dim=16,gqa:sinks=true:gate=true", ffn="mlp:bias=true", position="alibi"),

@@ -69,7 +69,8 @@ def bytes_between(part, rank: int, world: int) -> int:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    for words in ("top_k=2", "router=bias:top_k=3", "router=topk/over=all:top_k=2:balance=0.5:z=0.1"):
+    routed = "router=topk/over=all:top_k=2:balance=0.5:z=0.1"
+    for words in ("top_k=2", "router=bias:top_k=3", routed, "top_k=2:expert_gradients=sqrt"):
         check(words, False, rank, world)
         sent = torch.tensor(check(words, True, rank, world))
         dist.all_reduce(sent)

@@ -6,4 +6,4 @@ from tests.processes import printed_by
 def test_processes_equal_one():
     *sent, refused = printed_by(2, "tests.nn.moe_processes")
     assert refused == "refused: experts: 3 cannot be shared among 2 processes evenly"
-    assert len(sent) == 3 and all(int(line.split()[-2]) > 0 for line in sent), sent
+    assert len(sent) == 4 and all(int(line.split()[-2]) > 0 for line in sent), sent
