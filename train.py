@@ -22,17 +22,7 @@ from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, l
 from models import Config, LanguageModel, build_model
 from models.auxiliary import after_step
 from models.backprop import BACKPROPS
-from models.checkpoint import (
-    MANIFEST,
-    checkpoints,
-    find,
-    model_tensors,
-    read_json,
-    read_tensors,
-    save,
-    write_json,
-    write_tensors,
-)
+from models.checkpoint import MANIFEST, checkpoints, find, model_tensors, read_json, read_tensors, write_json, write_tensors
 from models.config import Parser, add_flags
 from models.describe import forward_flops
 from models.distill import MATCHES, with_teacher
@@ -41,13 +31,15 @@ from models.heads import HEADS
 from models.learn_only import learn_only
 from models.log import Log, draw_curve, show
 from models.machine import autocast, choose_device, choose_dtype, generators, matmul_peak, set_generators, tune_cpu
-from models.parallel import Spread
+from models.parallel import Spread, keeps_whole
 from models.pipeline import PIPELINES
+from models.saver import Saver
 from models.score import answered, bits_per_byte, posed, worked_example
+from models.sharded import of_optimizer, on_meta, read_parts
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
 from models.stragglers import OwnTime
-from models.weights import load_model, read_config, save_model
+from models.weights import fill, load_model, read_config, save_config, skeleton, tensors_of
 from nn.adapt import ADAPTERS
 from nn.init import INITS
 from nn.moe import ROUTERS
@@ -56,10 +48,10 @@ from nn.objective import OBJECTIVES
 from nn.parallel.mesh import share_of_rows, sizes_of
 from nn.position import POSITIONS
 from nn.spec import build, listing, resolve
-from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, flatten_state, split_parameters, unflatten_state
+from optim import OPTIMIZERS, SCHEDULES, Combined, by_parts, split_parameters
 from optim.loss_scale import LossScale
 from optim.parallel.processes import agree, first_rank_first, join_processes, leave_processes, lost_touch, restarts, summed
-from optim.parallel.whole_state import WholeState
+from optim.parallel.run_state import RunState
 
 FAMILIES = {"mixer": MIXERS, "ffn": FFNS, "router": ROUTERS, "position": POSITIONS, "norm": NORMS, "head": HEADS, "init": INITS,
             "objective": OBJECTIVES, "adapter": ADAPTERS, "match": MATCHES, "backprop": BACKPROPS, "optimizer": OPTIMIZERS,
@@ -150,22 +142,27 @@ def train(config: Config, resumed: Path | None) -> int:
     elif objective.vocabulary(ids) > config.vocab_size:
         name, needed = "data" if task else "tokenizer", objective.vocabulary(ids)
         raise ValueError(f"{name}: it needs {needed} ids, the weights know only {config.vocab_size}")
-    model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
+    if keeps_whole(sizes):
+        model = (load_model(saved, config) if saved else build_model(config, seed=config.seed)).to(device)
+    else:
+        model = skeleton(config)  # nobody has all of it: each fills in its parts below
     learn_only(model, config.only)
     flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
     parameters = sum(p.numel() for p in model.parameters())
-    whole = WholeState(model, model_tensors, partial(build_optimizer, config))
+    state = RunState(model, model_tensors, partial(build_optimizer, config))
     schedule, options = resolve(config.schedule, SCHEDULES, "schedule")
     scaler = LossScale(device, enabled=dtype == torch.float16)
     forward = with_teacher(model, config)  # the model itself where there is none
     forward = torch.compile(forward) if config.compile else forward
     stages = dict(pipeline=config.pipeline, rows=rows * config.accumulate, parts=config.accumulate)
-    spread = Spread(model, sizes, device.type, forward=forward, autocast=partial(autocast, device, dtype), **stages)
-    optimizer = whole.after(spread)
+    spread = Spread(model, sizes, device, forward=forward, autocast=partial(autocast, device, dtype), **stages)
+    optimizer = state.after(spread)
+    if not spread.is_whole:
+        fill(state.weights(), config, saved)
     own_time = OwnTime(spread)
 
     # Where the run stands, what a step costs, how a model is judged and saved
-    step, before = restore(resumed, whole, loader, scaler) if resumed else (0, 0.0)
+    step, before = restore(resumed, state, loader, scaler) if resumed else (0, 0.0)
     if not config.steps and not config.minutes:
         raise ValueError("steps: give a number of --steps, or of --minutes")
     tokens_a_step = config.batch_size * config.seq_len
@@ -174,6 +171,8 @@ def train(config: Config, resumed: Path | None) -> int:
     log = Log(run, step, quiet=rank > 0)
     log.say(f"{run}: {parameters:,} parameters, {source}, "
             f"{config.dtype} on {world} x {device}, matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
+
+    saver = Saver(run, keep=config.keep, rank=rank, parts=not spread.is_whole, behind=config.save_behind)
 
     def evaluate(limit: int | None = None) -> dict[str, float]:
         with spread.autocast():
@@ -185,24 +184,24 @@ def train(config: Config, resumed: Path | None) -> int:
             return dict(bpb=bits_per_byte(spread.judge, batches, tokenizer.token_bytes, packed=config.packed, device=device))
 
     def save_all() -> Path:
-        weights, states = whole.weights(), whole.optimizer_state()
+        tensors, tree = state.optimizer()
 
         def write(folder: Path) -> None:
-            save_model(model, folder, weights)
+            save_config(model.config, folder)
             if not task:
                 tokenizer.save(folder / "tokenizer")
-            tensors, tree = flatten_state(states)
-            write_tensors(folder / "optimizer.safetensors", tensors)
             write_tensors(folder / "generators.safetensors", generators())
             progress = dict(loader=loader.state_dict(), scaler=scaler.state_dict(), optimizer=tree)
             write_json(folder / "progress.json", dict(step=step, elapsed=elapsed, **progress))
 
-        return save(run, step, write, keep=config.keep) if rank == 0 else run
+        return saver.save(step, dict(model=state.weights(), optimizer=tensors), write)
 
     # The loop
     stop, began, pace = catch_signals(), time.perf_counter(), 0.0
     while True:
-        elapsed, halted = agree(before + time.perf_counter() - began, stop, world)
+        elapsed, halted, writing = agree(before + time.perf_counter() - began, stop, saver.writing, world)
+        if not writing:
+            saver.finish()
         if config.steps:
             done, half_a_step = step / config.steps, 0.5 / config.steps
         else:
@@ -210,7 +209,7 @@ def train(config: Config, resumed: Path | None) -> int:
         if halted or done >= 1:
             break
         multiplier = schedule(min(1.0, done + half_a_step), **options)  # a schedule is asked for the middle of a step
-        for group in whole.param_groups:
+        for group in state.param_groups:
             group["lr"] = group["base_lr"] * multiplier
 
         own_time.begin()
@@ -251,6 +250,7 @@ def train(config: Config, resumed: Path | None) -> int:
     # The end: everything saved, the whole validation set, a curve and a sample
     elapsed = before + time.perf_counter() - began
     folder = save_all()
+    saver.finish()
     release_signals()
     if halted:
         log.close()
@@ -310,10 +310,11 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     return optimizer
 
 
-def restore(folder: Path, whole: WholeState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:
+def restore(folder: Path, state: RunState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
-    whole.load_optimizer_state(unflatten_state(read_tensors(folder / "optimizer.safetensors"), progress["optimizer"]))
+    there = tensors_of(folder, "optimizer") if state.is_whole else on_meta(folder, of_optimizer)
+    state.load_optimizer(progress["optimizer"], there, partial(read_parts, folder))
     loader.load_state_dict(progress["loader"])
     scaler.load_state_dict(progress["scaler"])
     set_generators(read_tensors(folder / "generators.safetensors"))

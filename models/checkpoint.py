@@ -1,9 +1,10 @@
 """Checkpoints: folders that exist whole or not at all.
 
-A checkpoint is written into a temporary folder beside its place, with a manifest of every file's length and SHA-256,
-flushed to the disk, and renamed. So a folder of its name is complete, whenever the writer was killed; and a file that was
-cut or altered later is found by its digest and named. Tensors are safetensors, everything else is JSON: reading one
-executes nothing.
+One holds the weights and the optimizer's state whole (model.safetensors, optimizer.safetensors), or cut as the processes that
+wrote it held them (shard-*.safetensors, models/sharded.py). It is written into a temporary folder beside its place, with a
+manifest of every file's length and SHA-256, flushed to the disk, and renamed. So a folder of its name is complete, whenever the
+writer was killed; and a file that was cut or altered later is found by its digest and named. Tensors are safetensors,
+everything else is JSON: reading one executes nothing.
 """
 
 import errno
@@ -26,24 +27,41 @@ NAME = re.compile(r"step-([0-9]+)")
 
 def save(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
     """Make `run`/step-N of the files that `write(folder)` puts into a folder; of older ones the last `keep - 1` stay."""
-    target, aside, partial = (run / name.format(step) for name in ("step-{:06d}", "step-0{:06d}", ".step-{:06d}"))
-    for leftover in run.glob(".step-*"):  # of a writer that was killed
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
+    partial = begin(run, step)
     try:
         write(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, digest(path)] for path in files}
-        write_json(partial / MANIFEST, manifest)
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        if target.exists():  # a resumed run that comes by the same step again: under its other name it still counts
-            remove(aside)
-            target.rename(aside)
-        partial.rename(target)
-        flush(run)
+        return complete(partial, keep=keep)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def begin(run: Path, step: int) -> Path:
+    """An empty folder for the files of a checkpoint, which it is not before it is `complete`."""
+    for leftover in run.glob(".step-*"):  # of a writer that was killed
+        shutil.rmtree(leftover)
+    partial = run / f".step-{step:06d}"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def complete(partial: Path, *, keep: int, digests: dict[str, str] | None = None) -> Path:
+    """Make a checkpoint of a folder that `begin` gave and that has all its files now; of older ones the last `keep - 1` stay.
+
+    `digests`: those that are known, by the names of their files.
+    """
+    run, step = partial.parent, int(partial.name.removeprefix(".step-"))
+    target, aside = (run / name.format(step) for name in ("step-{:06d}", "step-0{:06d}"))
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    names = {path.relative_to(partial).as_posix(): path for path in files}
+    manifest = {name: [path.stat().st_size, (digests or {}).get(name) or digest(path)] for name, path in names.items()}
+    write_json(partial / MANIFEST, manifest)
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    if target.exists():  # a resumed run that comes by the same step again: under its other name it still counts
+        remove(aside)
+        target.rename(aside)
+    partial.rename(target)
+    flush(run)
     remove(aside)
     for old in checkpoints(run)[:-keep]:
         remove(old)
@@ -80,14 +98,18 @@ def find(place: Path) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """ValueError naming the first file of a checkpoint that is missing, cut short or altered."""
-    for name, (size, checksum) in read_json(folder / MANIFEST).items():
+    """ValueError naming the first file of a checkpoint that is missing, cut short or altered.
+
+    Under torchrun each process looks whether all are there, and reads its share of them.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    for number, (name, (size, checksum)) in enumerate(read_json(folder / MANIFEST).items()):
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
         if path.stat().st_size != size:
             raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} has {path.stat().st_size} bytes, not {size}")
-        if digest(path) != checksum:
+        if number % world == rank and digest(path) != checksum:
             raise ValueError(f"checkpoint {str(folder)!r} is damaged: {name} was altered (its SHA-256 differs)")
 
 

@@ -80,6 +80,7 @@ class Config:
     eval_every: int = flag("output", 100, "steps between evaluations (0: only at the end)")
     eval_tokens: int = flag("output", 32768, "tokens of such an evaluation; the last one reads all")
     save_every: int = flag("output", 500, "steps between checkpoints (0: only at the end)")
+    save_behind: bool = flag("output", False, "write checkpoints while the run goes on, from copies in the host's memory")
     keep: int = flag("output", 2, "checkpoints kept")
     sample: int = flag("output", 200, "tokens of the sample at the end")
 

@@ -21,12 +21,12 @@ def draw(config: Config, seed: int, take: Callable[[str, Tensor], None]) -> None
         model = LanguageModel(config)
     generator = torch.Generator().manual_seed(seed)
     for initialise, anew in ((partial(INITS[config.init], model), True), (own_values, False)):
-        for name in model.parts():
+        for name in model.part_names():
             place = model.get_submodule(name)
             if name == "stack" or not (anew or any(hasattr(module, "own_init") for module in place.modules())):
                 continue
-            part = model.make(name)
-            model.put(name, part)
+            part = model.make_part(name)
+            model.put_part(name, part)
             share_among_layers(model.stack)  # what layers share is drawn with the first of them, and not there in the others
             tensors = {path: t for path, t in (*part.named_parameters(), *part.named_buffers()) if not t.is_meta}
             versions = {path: tensor._version for path, tensor in tensors.items()}
@@ -35,7 +35,7 @@ def draw(config: Config, seed: int, take: Callable[[str, Tensor], None]) -> None
                 tied = config.tie and (name, path) == ("head", "weight")
                 if tensor._version > versions[path] or anew and not tied:
                     take("embedding.weight" if tied else f"{name}.{path}", tensor.detach())
-            model.put(name, place)
+            model.put_part(name, place)
 
 
 def own_tensors(module: torch.nn.Module) -> list[Tensor]:

@@ -51,25 +51,25 @@ class LanguageModel(nn.Module):
         self.specs += [] if config.stack else layers(config.mixer, config.ffn, config.depth)
         if config.embedding_norm == "first" and config.norm_place not in ("pre", "scaled"):
             raise ValueError(f"embedding_norm: 'first' leaves away a norm before a sublayer; {config.norm_place!r} has none")
-        for name in self.parts():
-            self.put(name, self.make(name))
+        for name in self.part_names():
+            self.put_part(name, self.make_part(name))
         share_among_layers(self.stack)
         if config.tie:
             self.head.weight = self.embedding.weight
         if config.adapt:
             build(config.adapt, ADAPTERS, "adapter", self)
 
-    def parts(self) -> list[str]:
+    def part_names(self) -> list[str]:
         """The names of the parts it is made of, in the order in which they are made and initialised."""
         stack = (f"stack.{number}" for number in range(len(self.specs)))
         return ["embedding", "position", "embedding_norm", "stack", *stack, "final_norm", "transform", "head"]
 
-    def put(self, name: str, part: nn.Module) -> None:
+    def put_part(self, name: str, part: nn.Module) -> None:
         """A part in its place."""
         of, _, last = name.rpartition(".")
         self.get_submodule(of).add_module(last, part)
 
-    def make(self, name: str) -> nn.Module:
+    def make_part(self, name: str) -> nn.Module:
         """A part by its name, new: what layers share and what is tied is its own still."""
         config, dim, vocab_size = self.config, self.config.dim, self.config.vocab_size
         if name == "embedding":

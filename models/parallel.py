@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.shards import cuts, local, sum_of_squares
@@ -34,15 +33,17 @@ class Spread:
     """A model spread over the processes of a mesh, in place, and what then stands for its forward and backward passes.
 
     sizes: of all axes, as `sizes_of` gives them; all 1: one process, for which nothing changes. At first each process has all
-    of the model. A process's `rows` of a step go through a `pipeline` in `parts`; `autocast()` is the context of forward
-    passes. `forward` is what gives the loss in the model's place (dp alone). ValueError for what the mesh cannot share out.
+    of the model, or a skeleton of it on the meta device: of that it then has its share on `device`, with any numbers
+    (models/weights.py fills them in). A process's `rows` of a step go through a `pipeline` in `parts`; `autocast()` is the
+    context of forward passes. `forward` is what gives the loss in the model's place (dp alone). ValueError for what the mesh
+    cannot share out.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         sizes: dict[str, int],
-        device_type: str = "cpu",
+        device: torch.device | str = "cpu",
         *,
         forward: nn.Module | None = None,
         pipeline: str = "1f1b",
@@ -54,7 +55,8 @@ class Spread:
         schedule = build(pipeline, PIPELINES, "pipeline")
         self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
         self.rank, self.pipeline = 0, None
-        self.device = next(model.parameters()).device
+        self.device = device = torch.device(device)
+        device_type = device.type
         pp, dp, ep, fsdp, ring, ulysses, tp = (sizes[name] for name in ("pp", "dp", "ep", "fsdp", "ring", "ulysses", "tp"))
         self.averaged = dp * ep * fsdp * ring * ulysses  # processes over which the engine takes the mean of gradients
         if self.is_alone:
@@ -82,10 +84,12 @@ class Spread:
         shard = partial(sharded, mesh=data, kept=pp > 1) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
         if pp > 1:
             options = dict(rows=rows, parts=parts, shard=shard or (lambda stage: stage), autocast=autocast)
-            self.pipeline = Pipeline(model, self.stage, schedule, **options)
+            self.pipeline = Pipeline(model, self.stage, schedule, device, **options)
         elif shard:
             shard(model)
-        elif self.averaged > 1:
+        for module in self.pipeline.stages if self.pipeline else [model]:
+            give_room(module, device)
+        if self.averaged > 1 and not (shard or self.pipeline):
             self.forward = replicated(self.forward, self.kept, find_unused_parameters=self.forward is not model)
 
     @property
@@ -94,8 +98,7 @@ class Spread:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the model of this process has all its parameters, whole, and computes all positions."""
-        return all(size == 1 for name, size in self.sizes.items() if name != "dp")
+        return keeps_whole(self.sizes)
 
     def step(self, parts: list[tuple[Tensor, Tensor, Tensor | None]], scale: float) -> Tensor:
         """Gradients of `scale` times the loss of all parts, (inputs, targets, documents) each, of all processes.
@@ -145,20 +148,6 @@ class Spread:
             grad.mul_(factor.to(grad.device))
         return norm
 
-    def gather(self, name: str, value: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The whole of what processes have of a parameter or buffer, or of what belongs to it, for all of them.
-
-        None where a pipeline's other stages have it.
-        """
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        if self.pipeline:
-            holder = self.pipeline.holders[name]
-            here = self.stage.get_local_rank() == holder
-            value = value.contiguous() if here else torch.empty(shape, dtype=dtype, device=self.device)
-            dist.broadcast(value, group=self.stage.get_group(), group_src=holder)
-        return value
-
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """(B, T, V) of rows (B, T) that are the same on all processes. ValueError in a pipeline."""
@@ -181,6 +170,21 @@ class Spread:
         if not self.is_whole:
             dist.all_reduce(loss, group=self.of_a_row)
         return loss
+
+
+def keeps_whole(sizes: dict[str, int]) -> bool:
+    """Whether each process of a mesh has all parameters, whole, and computes all positions."""
+    return all(size == 1 for name, size in sizes.items() if name != "dp")
+
+
+def give_room(module: nn.Module, device: torch.device) -> None:
+    """Memory on a device, in place, for what is on the meta device; what is elsewhere moves there."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so that what is tied stays one
+    try:
+        module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def check(sizes: dict[str, int], wrapped: bool) -> None:

@@ -118,6 +118,7 @@ class Pipeline:
         model: LanguageModel,
         mesh: DeviceMesh,
         schedule: tuple[str, int],
+        device: torch.device,
         *,
         rows: int,
         parts: int,
@@ -130,15 +131,13 @@ class Pipeline:
         size, rank = mesh.size(), mesh.get_local_rank()
         if parts < size:
             raise ValueError(f"accumulate: a pipeline of {size} processes needs at least {size} parts of a step, not {parts}")
-        total, device = size * many, next(model.parameters()).device
+        total = size * many
         ends = [dict(first=s == 0, last=s == total - 1, autocast=autocast) for s in range(total)]
         stages = [Stage(model, numbers, **end) for numbers, end in zip(runs(len(model.stack), total), ends, strict=True)]
         users: dict[int, set[int]] = {}
         for number, stage in enumerate(stages):
-            for tensor in (*stage.parameters(), *stage.buffers()):
+            for tensor in stage.parameters():
                 users.setdefault(id(tensor), set()).add(number % size)
-        every = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.holders = {name: min(users[id(tensor)]) for name, tensor in every.items()}  # the first rank that has it
         shared = {name: tuple(sorted(users[id(p)])) for name, p in model.named_parameters() if len(users[id(p)]) > 1}
         self.counted_elsewhere = {name for name, ranks in shared.items() if rank in ranks[1:]}
         self.groups = {name: group for name, ranks in shared.items() if (group := group_within(mesh, ranks))}
@@ -205,7 +204,7 @@ def group_within(mesh: DeviceMesh, places: tuple[int, ...]) -> dist.ProcessGroup
 
 
 def keep_only(model: nn.Module, wanted: set[nn.Module]) -> None:
-    """In place: parameters of other modules than these are None."""
-    for module in model.modules():
-        for name, _ in list(module.named_parameters(recurse=False)) if module not in wanted else ():
+    """In place: parameters and buffers of other modules than these are None."""
+    for module in (module for module in model.modules() if module not in wanted):
+        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             setattr(module, name, None)

@@ -6,23 +6,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.shards import local, part
 from models import huggingface
 from models.checkpoint import MANIFEST, load_weights, model_tensors, read_json, read_tensors, write_json, write_tensors
 from models.config import Config
+from models.draw import draw
 from models.language_model import LanguageModel
+from models.sharded import PATTERN, of_optimizer, read_all, read_parts
 from nn.adapt import ADAPTERS
 from nn.spec import build
 
 FORMAT = "rosetta"
 
 
-def save_model(model: LanguageModel, folder: Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a model's configuration and weights into a folder: what `read_config` and `load_model` read.
+def save_model(model: LanguageModel, folder: Path) -> None:
+    """Write a model's configuration and weights into a folder: what `read_config` and `load_model` read."""
+    save_config(model.config, folder)
+    write_tensors(folder / "model.safetensors", model_tensors(model))
 
-    `tensors`: the weights by name, where the model's own are not whole.
-    """
-    write_json(folder / "config.json", {"format": FORMAT, **model.config.to_json()})
-    write_tensors(folder / "model.safetensors", model_tensors(model) if tensors is None else tensors)
+
+def save_config(config: Config, folder: Path) -> None:
+    write_json(folder / "config.json", {"format": FORMAT, **config.to_json()})
+
+
+def tensors_of(folder: Path, kind: str) -> dict[str, Tensor]:
+    """The `model` or the `optimizer` of a checkpoint: tensors by name, whole, on the CPU, however they were written."""
+    if not any(folder.glob(PATTERN)):
+        return read_tensors(folder / f"{kind}.safetensors")
+    return read_all(folder, lambda name: of_optimizer(name) == (kind == "optimizer"))
 
 
 def read_config(folder: Path) -> Config:
@@ -48,16 +59,42 @@ def load_model(folder: Path, config: Config | None = None) -> LanguageModel:
         if saved.adapt:
             raise ValueError(f"adapt: {str(folder)!r} has {saved.adapt} already; python -m models.merge_adapter makes it plain")
         return adapted(load_model(folder, replace(config, adapt="")), config.adapt, seed=config.seed)
-    with torch.device("meta"):
-        model = LanguageModel(config or read_config(folder))
+    model = skeleton(config or read_config(folder))
     if huggingface.is_huggingface(folder):
         published = huggingface.load(folder)
         if huggingface.facts(model) != huggingface.facts(published):
             raise ValueError(f"weights: {str(folder)!r} holds another model than these flags ask for")
         published.config = model.config  # with what a run has beside the model
         return published
-    load_weights(model, read_tensors(folder / "model.safetensors"), str(folder))
+    load_weights(model, tensors_of(folder, "model"), str(folder))
     return model
+
+
+def skeleton(config: Config) -> LanguageModel:
+    """A model without numbers, on the meta device."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], config: Config, folder: Path | None) -> None:
+    """Give tensors of a model, of which this process may have parts, the numbers of a checkpoint; of none: the first ones.
+
+    All processes of a run take part. None needs memory for more than its parts and one sublayer, but where the folder holds a
+    published model, or one that is yet to be adapted: that is read whole.
+    """
+
+    def take(name: str, tensor: Tensor) -> None:
+        if name in tensors:
+            local(tensors[name]).copy_(part(tensor, like=tensors[name]))
+
+    if folder is None:
+        draw(config, config.seed, take)
+    elif huggingface.is_huggingface(folder) or read_config(folder).adapt != config.adapt:
+        for name, tensor in model_tensors(load_model(folder, config)).items():
+            take(name, tensor)
+    else:
+        read_parts(folder, tensors)
 
 
 def adapted(model: LanguageModel, adapter: str, *, seed: int = 0) -> LanguageModel:

@@ -69,8 +69,9 @@ class Atlas(GatedDeltaNet):
         if features > MOST:
             raise ValueError(f"degree: {features:,} features of keys of {self.key_dim}; at most {MOST:,}")
         powers = [m for p in range(1, degree + 1) for m in combinations_with_replacement(range(self.key_dim), p)]
-        factors = torch.tensor([m + (self.key_dim,) * (degree - len(m)) for m in powers])  # D stands for a factor of 1
-        self.register_buffer("factors", factors.T.contiguous(), persistent=False)  # (degree, N)
+        factors = [m + (self.key_dim,) * (degree - len(m)) for m in powers]  # D stands for a factor of 1
+        factors = torch.tensor(factors, device="cpu").T.contiguous()  # numbers also for a model that is made without memory
+        self.register_buffer("factors", factors, persistent=False)  # (degree, N)
         scale = [math.prod(map(math.factorial, Counter(m).values())) ** -0.5 for m in powers]
         self.coefficients = nn.Parameter(torch.tensor(scale).repeat(heads, 1))  # (H, N)
         self.keep = Linear(dim, heads, bias=False)

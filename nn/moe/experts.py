@@ -43,8 +43,11 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         x = cast_once(x)
-        weight = self.weight if self.gradient == 1 else ScaledGradient.apply(self.weight, self.gradient)
-        return grouped_matmul(x, weight.to(x.dtype), ends, **places)
+        return grouped_matmul(x, self.learned().to(x.dtype), ends, **places)
+
+    def learned(self) -> Tensor:
+        """The weight, as gradients see it."""
+        return self.weight if self.gradient == 1 else ScaledGradient.apply(self.weight, self.gradient)
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -77,27 +80,18 @@ class Experts(nn.Module):
         activation: Activation = "silu",
         gated: bool = True,
         uses: int = 1,
-<<<<<<< HEAD
         gradient: float = 1.0,
-=======
         linear: type[StackedLinear] = StackedLinear,
->>>>>>> h2
     ):
         super().__init__()
         at_least(1, experts=experts, width=width)
         if activation not in (known := GATED if gated else PLAIN):
             raise ValueError(f"activation: {'gated' if gated else 'plain'} experts know {', '.join(known)}, not {activation}")
         self.experts, self.activation = experts, activation
-<<<<<<< HEAD
         options = dict(uses=uses, gradient=gradient)
-        self.gate = StackedLinear(experts, dim, width, **options) if gated else None
-        self.up = StackedLinear(experts, dim, width, **options)
-        self.down = StackedLinear(experts, width, dim, writes_residual=True, **options)
-=======
-        self.gate = linear(experts, dim, width, uses=uses) if gated else None
-        self.up = linear(experts, dim, width, uses=uses)
-        self.down = linear(experts, width, dim, uses=uses, writes_residual=True)
->>>>>>> h2
+        self.gate = linear(experts, dim, width, **options) if gated else None
+        self.up = linear(experts, dim, width, **options)
+        self.down = linear(experts, width, dim, writes_residual=True, **options)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x (N, dim), experts (N, K) int64 (E: none), weights (N, K) -> (N, dim)."""

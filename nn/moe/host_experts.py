@@ -61,7 +61,6 @@ class HostLinear(StackedLinear):
 
         return super()._apply(at_home, recurse)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         """A group of no rows may be left away: where the others end stays as it was."""
         x = cast_once(x)
@@ -69,7 +68,7 @@ class HostLinear(StackedLinear):
             return super().forward(x, ends, **places)
         asked = torch.diff(ends, prepend=ends.new_zeros(1)).nonzero()[:, 0]
         asked = asked if len(asked) else asked.new_zeros(1)
-        weight = Visit.apply(self.weight, asked.cpu(), x.device, x.dtype, self.moved)
+        weight = Visit.apply(self.learned(), asked.cpu(), x.device, x.dtype, self.moved)
         return grouped_matmul(x, weight, ends[asked], **places)
 
 

@@ -11,7 +11,7 @@ from nn.moe.bias_balanced import BiasBalanced
 from nn.moe.capacity import drop, reroute, room
 from nn.moe.compressed import modulated
 from nn.moe.expert_choice import ExpertChoice
-from nn.moe.experts import Activation, Experts, StackedLinear
+from nn.moe.experts import Activation, Experts
 from nn.moe.hashed import HashRouter
 from nn.moe.host_experts import HostLinear
 from nn.moe.noisy import NoisyTopK
@@ -62,12 +62,9 @@ class MoE(nn.Module):
                 0: no bound. `eval_capacity`, `overflow` and `metric` are the same for inference (capacity.py)
     scaling     of what the routed experts say
     main        of the choices that many are asked; each of the others is one learned vector (compressed.py), at first ones
-<<<<<<< HEAD
     expert_gradients   `sqrt`: those of the E routed experts' matrices are divided by sqrt(E), and no others (Artetxe et al.
                 2021, arXiv:2112.10684). It tells where lengths of gradients count, as in --clip: Adam and Muon forget them
-=======
     host        the routed experts stay in the host's memory, and those that a batch asks visit the device (host_experts.py)
->>>>>>> h2
 
     Auxiliary losses are in nats a token; a pass that learns leaves their sum in `auxiliary`. `routing` is what the router
     decided in the last pass, after the bounds. Shapes: (B, T, dim) -> (B, T, dim).
@@ -101,11 +98,8 @@ class MoE(nn.Module):
         overflow: Literal["drop", "reroute"] = "drop",
         metric: Literal["score", "order", "reverse", "random"] = "score",
         main: int | None = None,
-<<<<<<< HEAD
         expert_gradients: Literal["sum", "sqrt"] = "sum",
-=======
         host: bool = False,
->>>>>>> h2
     ):
         super().__init__()
         at_least(1, width=width, shared_width=shared_width, main=main)
@@ -118,13 +112,9 @@ class MoE(nn.Module):
         if self.main > self.top_k:
             raise ValueError(f"main: {main} of {self.top_k} choices")
         self.vectors = None if main is None else nn.Parameter(torch.ones(experts, dim))
-<<<<<<< HEAD
-        gradient = experts**-0.5 if expert_gradients == "sqrt" else 1.0
-        self.experts = Experts(dim, experts, width, uses=self.main, gradient=gradient, **options)
-=======
-        linear = HostLinear if host else StackedLinear
-        self.experts = Experts(dim, experts, width, uses=self.main, linear=linear, **options)
->>>>>>> h2
+        special = dict(linear=HostLinear) if host else {}
+        special |= dict(gradient=experts**-0.5) if expert_gradients == "sqrt" else {}
+        self.experts = Experts(dim, experts, width, uses=self.main, **special, **options)
         self.shared = Experts(dim, 1, shared_width or shared * width, **options) if shared else None
         if not shared and (shared_gate or shared_width):
             raise ValueError(f"{'shared_gate' if shared_gate else 'shared_width'}: there are no shared experts")

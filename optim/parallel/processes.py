@@ -46,13 +46,15 @@ def first_rank_first(rank: int, world: int) -> Iterator[None]:
         dist.barrier()
 
 
-def agree(elapsed: float, stop: list[int], world: int) -> tuple[float, int]:
-    """The clock of the slowest process, and the signal that any of them caught (0: none): all must end at one step."""
-    state = torch.tensor([elapsed, stop[0] if stop else 0], dtype=torch.float64)
+def agree(elapsed: float, stop: list[int], busy: bool, world: int) -> tuple[float, int, bool]:
+    """The clock of the slowest process, the signal that any of them caught (0: none): all must end at one step; whether any
+    is busy with something else.
+    """
+    state = torch.tensor([elapsed, stop[0] if stop else 0, busy], dtype=torch.float64)
     if world > 1:
         state = state.cuda() if torch.cuda.is_available() else state
         dist.all_reduce(state, dist.ReduceOp.MAX)
-    return state[0].item(), int(state[1])
+    return state[0].item(), int(state[1]), bool(state[2])
 
 
 def summed(value: torch.Tensor, world: int) -> float:

@@ -3,20 +3,26 @@
     torchrun --nproc-per-node 2 -m tests.models.spread_processes dp=2 pp=2@gpipe/gqa+others …
 """
 
-import json
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from kernels.shards import local, part
 from models import Config, build_model
 from models.auxiliary import after_step
-from models.checkpoint import load_weights, model_tensors
+from models.checkpoint import model_tensors, read_json, write_json
 from models.parallel import Spread
+from models.saver import Saver
+from models.sharded import of_optimizer, on_meta, read_all, read_parts
+from models.weights import fill, save_config, skeleton, tensors_of
 from nn.parallel.mesh import share_of_rows, sizes_of
-from optim import AdamW, Combined, Muon, by_parts, flatten_state, split_parameters
-from optim.parallel.whole_state import WholeState
+from optim import AdamW, Combined, Muon, by_parts, split_parameters
+from optim.parallel.run_state import RunState
 
 SMALL = dict(dim=32, depth=2, heads=4, vocab_size=50, seq_len=16, stem="", init="gpt2", norm="rmsnorm")
 OF_MOE = "width=12:shared=1:scope=global:expert_gradients=sqrt"
@@ -26,6 +32,7 @@ MODELS = {
     "experts": SMALL | dict(mixer="gqa:window=5,mamba2:state=8:head_dim=8:groups=2", ffn=f"moe:experts=4:{OF_MOE}"),
     "others": SMALL | dict(stem="ngram:rows=60", mixer="retention,gqa:value_embedding=true", ffn="mlp", position="t5"),
 }
+MODELS["router"] = MODELS["experts"] | dict(ffn="moe:experts=4:width=12:router=recurrent")  # which layers share a part of
 ROWS, STEPS, PARTS = 8, 10, 2
 
 
@@ -54,24 +61,26 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 class Run:
-    """A model and its optimizer on a mesh, or by itself."""
+    """A model and its optimizer on a mesh, or by itself; what a folder says, if one is given."""
 
     def __init__(
         self,
         name: str,
         sizes: dict[str, int] | None,
         pipeline: str = "1f1b",
-        weights: dict | None = None,
+        folder: Path | None = None,
         make_optimizer: Callable = optimizer_of,
     ):
-        self.model, self.sizes = make(name), sizes
-        if weights:
-            load_weights(self.model, weights, "test")
-        self.whole = WholeState(self.model, model_tensors, make_optimizer)
+        self.model, self.sizes = skeleton(Config.of(**MODELS[name])).double() if folder else make(name), sizes
+        self.state = RunState(self.model, model_tensors, make_optimizer)
         self.place, self.places = share_of_rows(dist.get_rank(), sizes) if sizes else (0, 1)
         options = dict(pipeline=pipeline, rows=ROWS // self.places, parts=PARTS)
         self.spread = Spread(self.model, sizes or sizes_of("", 1), **options)
-        self.optimizer = self.whole.after(self.spread)
+        self.optimizer = self.state.after(self.spread)
+        if folder:
+            read_parts(folder, self.state.weights())
+            there = tensors_of(folder, "optimizer") if self.spread.is_whole else on_meta(folder, of_optimizer)
+            self.state.load_optimizer(read_json(folder / "progress.json"), there, partial(read_parts, folder))
 
     def step(self, number: int) -> tuple[float, float]:
         """(loss, norm of the gradient) of a step of some parts."""
@@ -86,12 +95,28 @@ class Run:
         after_step(self.model)
         return total.item(), norm
 
-    def everything(self) -> dict[str, torch.Tensor]:
-        """Weights and optimizer state, whole, on every process."""
-        self.spread.rank = 0  # who keeps what is put together
-        tensors, tree = flatten_state(self.whole.optimizer_state())
-        assert json.loads(json.dumps(tree)) == tree
-        return {name: tensor.clone() for name, tensor in (self.whole.weights() | tensors).items()}
+    def saved(self, *, behind: bool = False) -> Path:
+        """The folder of a checkpoint."""
+        (run,) = shared([tempfile.mkdtemp()])
+        saver = Saver(Path(run), keep=1, rank=dist.get_rank(), parts=not self.spread.is_whole, behind=behind)
+        tensors, tree = self.state.optimizer()
+
+        def write(folder: Path) -> None:
+            save_config(self.model.config, folder)
+            write_json(folder / "progress.json", tree)
+
+        folder = saver.save(1, dict(model=self.state.weights(), optimizer=tensors), write)
+        if behind:
+            self.step(STEPS)  # is not what is saved
+        saver.finish()
+        dist.barrier()
+        return folder
+
+
+def shared(values: list) -> list:
+    """The values of the first process, on all of them."""
+    dist.broadcast_object_list(values)
+    return values
 
 
 def trained(name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b"):
@@ -107,14 +132,34 @@ def handed_over(name: str, first: dict[str, int], second: dict[str, int]) -> tup
     before = Run(name, first)
     for number in range(2):
         before.step(number)
-    saved = before.everything()
-    after = Run(name, second, weights={name: saved[name].clone() for name in before.whole.tensors})
-    after.whole.load_optimizer_state(before.whole.optimizer_state())
-    found = after.everything()
-    assert saved.keys() == found.keys() and len(saved) > len(before.whole.tensors)
+    after = Run(name, second, folder=(folder := before.saved()))
+    saved, found = (read_all(place, lambda name: True) for place in (folder, after.saved()))
+    assert saved.keys() == found.keys() and sum(map(of_optimizer, saved)) > 20 < sum(not of_optimizer(n) for n in saved)
     exact = max((saved[key] - found[key]).abs().max().item() for key in saved)
     losses = [[run.step(number)[0] for number in (2, 3)] for run in (before, after)]
     return exact, max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+
+
+def saved_behind(name: str, sizes: dict[str, int]) -> float:
+    """How far what is written while a step changes everything differs from what is written at once."""
+    run = Run(name, sizes)
+    run.step(0)
+    at_once, behind = (read_all(run.saved(behind=behind), lambda name: True) for behind in (False, True))
+    assert at_once.keys() == behind.keys()
+    return max((at_once[key] - behind[key]).abs().max().item() for key in at_once)
+
+
+def drawn(name: str, sizes: dict[str, int]) -> float:
+    """How far first weights that no process has all of differ from those of one process."""
+    config = Config.of(**MODELS[name])
+    model = skeleton(config)
+    state = RunState(model, model_tensors, optimizer_of)
+    state.after(Spread(model, sizes, rows=2, parts=2))
+    fill(state.weights(), config, None)
+    expected = model_tensors(build_model(config, seed=config.seed))
+    assert len(state.weights()) > 5
+    pairs = ((local(tensor), part(expected[name], like=tensor)) for name, tensor in state.weights().items())
+    return max(((a.double() - b.double()).abs().max() if a.numel() else 0 * b.sum()).item() for a, b in pairs)
 
 
 def whole_of(parameter: torch.Tensor) -> torch.Tensor:
@@ -133,6 +178,14 @@ if __name__ == "__main__":
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = {}
     for words in sys.argv[1:]:
+        check, _, rest = words.rpartition(":")
+        if check:
+            mesh, _, name = rest.partition("/")
+            worst = torch.tensor(dict(behind=saved_behind, drawn=drawn)[check](name, sizes_of(mesh, world)))
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            if rank == 0:
+                print(f"{words} {worst.item():.1e}", flush=True)
+            continue
         if ">" in words:
             worst = torch.tensor(handed_over("hybrid", *(sizes_of(mesh, world) for mesh in words.split(">"))))
             dist.all_reduce(worst, dist.ReduceOp.MAX)

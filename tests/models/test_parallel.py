@@ -14,16 +14,18 @@ MESHES = {  # processes: meshes, each with its schedule and the models of spread
 
 
 CHANGES = ["tp=2,dp=2>fsdp=4", "fsdp=4>pp=2,tp=2", "pp=2,tp=2>dp=4", "dp=4>ring=2,fsdp=2"]
+EXACT = ["drawn:tp=2/gqa", "drawn:pp=2/router", "drawn:ep=2/experts", "drawn:ulysses=2/hybrid", "behind:fsdp=2/gqa",
+         "behind:pp=2/router"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MESHES)
 def printed(request) -> list[str]:
-    changes = CHANGES if request.param == 4 else []
+    changes = CHANGES if request.param == 4 else EXACT
     return [str(request.param), *printed_by(request.param, "tests.models.spread_processes", *MESHES[request.param], *changes)]
 
 
 def test_every_mesh_equals_one_process(printed):
-    processes, lines = int(printed[0]), [line for line in printed[1:] if ">" not in line]
+    processes, lines = int(printed[0]), [line for line in printed[1:] if ">" not in line and ":" not in line]
     found = [line.split() for line in lines]
     models = {mesh: mesh.partition("/")[2].split("+") if "/" in mesh else ["gqa", "hybrid"] for mesh in MESHES[processes]}
     assert [tuple(line[:2]) for line in found] == [(mesh, name) for mesh, names in models.items() for name in names]
@@ -36,6 +38,14 @@ def test_what_is_saved_on_one_mesh_goes_on_on_another(printed):
     changes = CHANGES if printed[0] == "4" else []
     assert [line.split()[:3] for line in lines] == [[change, "hybrid", "0.0e+00"] for change in changes]
     assert all(float(line.split()[3]) < 1e-9 for line in lines), lines
+
+
+def test_what_is_exact(printed):
+    """`drawn`: first weights of which no process has all, beside those of one process. `behind`: what is written while the run
+    goes on, beside what is written at once.
+    """
+    lines = [line for line in printed[1:] if ":" in line]
+    assert lines == [f"{check} 0.0e+00" for check in (EXACT if printed[0] == "2" else [])]
 
 
 def test_a_mesh_is_read_in_the_order_of_its_axes():
