@@ -35,7 +35,7 @@ from models.parallel import Spread, keeps_whole
 from models.pipeline import PIPELINES
 from models.saver import Saver
 from models.score import answered, bits_per_byte, posed, worked_example
-from models.sharded import of_optimizer, on_meta, read_parts
+from models.sharded import on_meta, read_parts
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
 from models.stragglers import OwnTime
@@ -313,7 +313,7 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
 def restore(folder: Path, state: RunState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:
     """Put everything but the weights back as it was; the step and the seconds of training so far."""
     progress = read_json(folder / "progress.json")
-    there = tensors_of(folder, "optimizer") if state.is_whole else on_meta(folder, of_optimizer)
+    there = tensors_of(folder, "optimizer") if state.is_whole else on_meta(folder, "optimizer")
     state.load_optimizer(progress["optimizer"], there, partial(read_parts, folder))
     loader.load_state_dict(progress["loader"])
     scaler.load_state_dict(progress["scaler"])

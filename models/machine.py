@@ -62,18 +62,18 @@ def synchronise(device: torch.device) -> None:
 
 
 def generators() -> dict[str, torch.Tensor]:
-    """The states of PyTorch's random number generators."""
-    states = {"cpu": torch.get_rng_state()}
+    """The states of PyTorch's random number generators, `generators/cpu` and, where there is a GPU, `generators/cuda`."""
+    states = {"generators/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["generators/cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def set_generators(states: dict[str, torch.Tensor]) -> None:
     """Go on drawing where `generators` gave these."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    torch.set_rng_state(states["generators/cpu"])
+    if "generators/cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["generators/cuda"])
 
 
 def tune_cpu() -> None:

@@ -6,7 +6,6 @@ way. What several processes hold is written by one. No process ever has the whol
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,26 +52,29 @@ def read_parts(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False)
         raise ValueError(f"checkpoint {str(folder)!r}: {first_cause(error, folder)}") from None
 
 
-def of_optimizer(name: str) -> bool:
-    """Whether a tensor of a checkpoint is the optimizer's, by the names that `flatten_state` gives."""
-    return name.startswith("optimizers/")
+def kind_of(name: str) -> str:
+    """What a tensor of a checkpoint belongs to: names of the model's parameters have no slash in them."""
+    return "model" if "/" not in name else "generators" if name.startswith("generators/") else "optimizer"
 
 
-def on_meta(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The saved tensors whose names are wanted, without their numbers, on the meta device. ValueError for a damaged file."""
+def on_meta(folder: Path, kind: str = "") -> dict[str, Tensor]:
+    """The saved tensors by name (of one kind, if it is given), without their numbers, on the meta device.
+
+    ValueError where a file is damaged.
+    """
     from torch.distributed import checkpoint
 
     try:
         found = checkpoint.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint {str(folder)!r} is not readable: {error}") from None
-    found = {name: of for name, of in found.items() if wanted(name)}
+    found = {name: of for name, of in found.items() if kind in ("", kind_of(name))}
     return {name: torch.empty(of.size, dtype=of.properties.dtype, device="meta") for name, of in found.items()}
 
 
-def read_all(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """All tensors whose names are wanted, whole, on the CPU of this process."""
-    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in on_meta(folder, wanted).items()}
+def read_all(folder: Path, kind: str = "") -> dict[str, Tensor]:
+    """All tensors (of one kind, if it is given), whole, on the CPU of this process."""
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in on_meta(folder, kind).items()}
     read_parts(folder, tensors, alone=True)
     return tensors
 

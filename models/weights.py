@@ -12,7 +12,7 @@ from models.checkpoint import MANIFEST, load_weights, model_tensors, read_json, 
 from models.config import Config
 from models.draw import draw
 from models.language_model import LanguageModel
-from models.sharded import PATTERN, of_optimizer, read_all, read_parts
+from models.sharded import PATTERN, read_all, read_parts
 from nn.adapt import ADAPTERS
 from nn.spec import build
 
@@ -33,7 +33,7 @@ def tensors_of(folder: Path, kind: str) -> dict[str, Tensor]:
     """The `model` or the `optimizer` of a checkpoint: tensors by name, whole, on the CPU, however they were written."""
     if not any(folder.glob(PATTERN)):
         return read_tensors(folder / f"{kind}.safetensors")
-    return read_all(folder, lambda name: of_optimizer(name) == (kind == "optimizer"))
+    return read_all(folder, kind)
 
 
 def read_config(folder: Path) -> Config:

@@ -7,6 +7,7 @@ import sys
 
 import torch.distributed as dist
 
+from models.sharded import read_all
 from nn.parallel.mesh import sizes_of
 from optim import AdamW, Combined, Lamb, Muon, by_parts, split_parameters
 from tests.models.spread_processes import Run
@@ -31,16 +32,15 @@ def compare(mesh: str) -> None:
         assert here.step(number) == there.step(number)
     numbers = sum(getattr(p, "_local_tensor", p).numel() for p in there.model.parameters() if p.requires_grad)
     assert there.optimizer.moved == dict(down=2 * 8 * numbers, up=2 * 8 * numbers), (there.optimizer.moved, numbers)
-    states = [run.everything() for run in (here, there)]
+    folders = [run.saved() for run in (here, there)]
+    states = [read_all(folder) for folder in folders]
     assert states[0].keys() == states[1].keys() and all(states[0][k].equal(states[1][k]) for k in states[0])
-    weights = {name: states[0][name] for name in here.whole.tensors}
     went_on = []
-    for before, make in ((here, offloaded), (there, optimizer_of)):
+    for folder, make in zip(folders, (offloaded, optimizer_of), strict=True):
         for target in (sizes, other):
-            after = Run("gqa", target, weights={k: v.clone() for k, v in weights.items()}, make_optimizer=make)
-            after.whole.load_optimizer_state(before.whole.optimizer_state())
-            found = after.everything()
-            assert all(states[0][k].equal(found[k]) for k in found), target
+            after = Run("gqa", target, folder=folder, make_optimizer=make)
+            found = read_all(after.saved())
+            assert all(states[0][k].equal(found[k]) for k in states[0]), target
             went_on.append(after.step(2))
     assert went_on[:2] == went_on[2:], went_on
 
