@@ -18,7 +18,7 @@ from optim.parallel import processes
 SLOW = 1  # the rank
 TINY = ["--tokenizer", "byte", "--dim", "32", "--depth", "2", "--heads", "4", "--seq-len", "32", "--stem", "", "--ffn", "mlp",
         "--batch-size", "8", "--accumulate", "2", "--dtype", "float32", "--device", "cpu", "--eval-every", "0", "--steps", "8",
-        "--sample", "1", "--norm", "rmsnorm", "--mixer", "gqa"]  # fmt: skip
+        "--sample", "1", "--norm", "rmsnorm", "--mixer", "gqa", "--tp-overlap"]  # fmt: skip
 
 
 def slowed(function):
