@@ -8,7 +8,7 @@ import pytest
 from models.stragglers import slow_ranks
 from tests.processes import printed_by
 
-SLOWED = ["loader=dp=2", "layer=fsdp=2", "layer=tp=2", "mixer=ulysses=2"]
+SLOWED = ["loader=dp=2", "layer=tp=2", "mixer=ulysses=2"]
 UNDISTURBED = ["none=fsdp=2"]
 
 

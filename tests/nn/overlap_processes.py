@@ -1,10 +1,8 @@
-"""What each of several processes does in tests/nn/test_overlap.py: layers with and without overlap; or how long both take.
+"""Layers that tensor parallelism shares out, with and without overlap: alike, as tests/nn/sequence_processes.py asks; how long?
 
-    torchrun --nproc-per-node 4 -m tests.nn.overlap_processes
-    torchrun --nproc-per-node 2 -m tests.nn.overlap_processes time
+torchrun --nproc-per-node 2 -m tests.nn.overlap_processes
 """
 
-import sys
 import time
 from statistics import median
 
@@ -47,16 +45,15 @@ def step(options: dict, overlapped: bool, rows: int = 3):
     return loss, grads, bytes_sent, lambda: model(tokens, tokens)
 
 
-def check() -> None:
+def check_overlap() -> None:
+    """Losses and gradients in float64, and bytes; layers that cannot overlap stay as they are."""
     for name, options in MODELS.items():
         (loss, grads, bytes_sent, _), (other, others, as_many, _) = step(options, False), step(options, True)
         assert ("pass" in sent) and grads.keys() == others.keys()
         pairs = [(grads[key], others[key]) for key in grads] + [(loss, other)]
         worst = torch.stack([(a - b).detach().abs().max() / a.abs().max().clamp(min=1e-3) for a, b in pairs]).max()
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        assert worst < 1e-12, (name, worst)
         assert bytes_sent == as_many or "backprop" in options, (name, bytes_sent, as_many)
-        if dist.get_rank() == 0:
-            print(f"{name}: {worst.item():.1e}", flush=True)
 
 
 def clock() -> None:
@@ -77,5 +74,5 @@ def clock() -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    clock() if sys.argv[1:] else check()
+    clock()
     dist.destroy_process_group()
