@@ -28,7 +28,7 @@ def test_the_slow_process_is_named_and_no_other(tmp_path):
         else:
             lines = [record.get("slow", "") for record in compared]
             assert all(line.startswith(named) and "rank 0" not in line for line in lines), (way, compared)
-            assert all(record["busy"][1] > 0.02 for record in compared)
+            assert all(record["busy"][1] > 0.05 for record in compared)
     assert sum(named in line for line in said) == 2 * len(SLOWED), said
 
 
