@@ -155,7 +155,8 @@ def train(config: Config, resumed: Path | None) -> int:
     forward = with_teacher(model, config)  # the model itself where there is none
     forward = torch.compile(forward) if config.compile else forward
     stages = dict(pipeline=config.pipeline, rows=rows * config.accumulate, parts=config.accumulate)
-    spread = Spread(model, sizes, device, forward=forward, autocast=partial(autocast, device, dtype), **stages)
+    ways = dict(autocast=partial(autocast, device, dtype), tp_overlap=config.tp_overlap)
+    spread = Spread(model, sizes, device, forward=forward, **ways, **stages)
     optimizer = state.after(spread)
     if not spread.is_whole:
         fill(state.weights(), config, saved)

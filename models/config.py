@@ -74,6 +74,7 @@ class Config:
     mesh: str = flag("machine", "", "how processes share the work: fsdp=4,tp=2, of pp, dp, ep, fsdp, ring, ulysses, tp")
     pipeline: str = flag("machine", "1f1b", "the schedule of pp: gpipe, 1f1b, interleaved:stages=2, looped (--list pipeline)")
     offload: bool = flag("machine", False, "the optimizer's state and its steps live in the host's memory")
+    tp_overlap: bool = flag("machine", False, "tp computes while its messages travel, in chunks (attention, ffns)")
     compile: bool = flag("machine", False, "compile the model with torch.compile (CPU: needs a C++ compiler)")
 
     out: str = flag("output", "", "folder of the run (default: runs/<date>-<time>)")

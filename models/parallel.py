@@ -35,8 +35,8 @@ class Spread:
     sizes: of all axes, as `sizes_of` gives them; all 1: one process, for which nothing changes. At first each process has all
     of the model, or a skeleton of it on the meta device: of that it then has its share on `device`, with any numbers
     (models/weights.py fills them in). A process's `rows` of a step go through a `pipeline` in `parts`; `autocast()` is the
-    context of forward passes. `forward` is what gives the loss in the model's place (dp alone). ValueError for what the mesh
-    cannot share out.
+    context of forward passes. `forward` is what gives the loss in the model's place (dp alone). `tp_overlap`: as
+    nn/parallel/overlap.py has it. ValueError for what the mesh cannot share out.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Spread:
         pipeline: str = "1f1b",
         rows: int = 1,
         parts: int = 1,
+        tp_overlap: bool = False,
         autocast: Callable = nullcontext,
     ):
         check(sizes, forward is not None and forward is not model)
@@ -75,7 +76,7 @@ class Spread:
             share_experts(model, mesh_along(sizes, device_type, "ep"))
             self.same_experts = mesh_along(sizes, device_type, *WITH_EXPERTS).get_group()
         if tp > 1:
-            share_layers(model, self.tensor)
+            share_layers(model, self.tensor, tp_overlap)
         for module in model.modules():  # statistics of routing are those of all who have the same layers
             for part in (module, getattr(module, "balance_loss", None)):
                 if hasattr(part, "counted_over"):

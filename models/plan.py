@@ -228,7 +228,8 @@ def work(share: Share, run: Run) -> tuple[float, float]:
 
 
 def traffic(share: Share, run: Run) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by axis and collective. A second forward pass sends what the first sent.
+    """Bytes that a rank sends in a step, by axis and collective. A second forward pass sends what the first sent, but for the
+    sums behind tp's sublayers, which nothing in it needs.
 
     tp gathers a row before a sublayer and scatters the sum behind it, and the other way round in the backward pass; gradients
     of what it does not cut it adds up once a step. Shards are gathered before each pass of a sublayer, those of the ends once a
@@ -262,7 +263,7 @@ def traffic(share: Share, run: Run) -> dict[str, float]:
     for part in share.layers:
         row = all_gather(stream * run.dim, tp)
         add("tp", "all-gather", (passes if part.shared else forward) * row)
-        add("tp", "reduce-scatter", (passes if part.shared else 1) * row)
+        add("tp", "reduce-scatter", (2 if part.shared else 1) * row)
         row = all_gather(stream * run.positions * part.gathered, run.positions)
         add(every, "all-gather", forward * row)
         add(every, "reduce-scatter", row)

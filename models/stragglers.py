@@ -25,6 +25,7 @@ class OwnTime:
     backward pass, which is not measured; what layers exchange within (`nn.parallel.collectives`) is taken off, on a CPU. On a
     GPU the layers' time is that between two events of its stream, in which exchanges within a layer count (ulysses, ring, ep).
     Not seen: what is slow only in backward passes, in the optimizer, or between the processes (a bad cable slows all alike).
+    Other programs on its machine make a process slow as well: who times steps of milliseconds there will see it named for them.
     """
 
     def __init__(self, spread: Spread, clock=time.perf_counter):

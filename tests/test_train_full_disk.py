@@ -10,8 +10,8 @@ from models.checkpoint import checkpoints, verify
 from models.log import read
 
 TINY = ["--tokenizer", "byte", "--dim", "32", "--depth", "2", "--heads", "4", "--seq-len", "16", "--stem", "",
-        "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--eval-every", "0", "--eval-tokens", "200", "--sample", "1", "--keep",
-        "1", "--schedule", "wsd:decay=0.01"]  # fmt: skip
+        "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--eval-every", "0", "--eval-tokens", "200",
+        "--sample", "1", "--keep", "1", "--schedule", "wsd:decay=0.01"]  # fmt: skip
 
 
 @pytest.fixture

@@ -7,4 +7,5 @@ ulysses.py      within attention, heads instead of positions
 ring.py         keys and values that go round
 mixers.py       share_sequence, and what becomes of each kind of mixer
 tensor.py       share_layers: heads and neurons, shared out
+overlap.py      the same, messages travelling while products are computed
 """

@@ -27,6 +27,7 @@ from nn.linear import cast_once
 from nn.moe.moe import MoE
 from nn.parallel.collectives import add_up
 from nn.parallel.mixers import WholeRow
+from nn.parallel.overlap import overlap
 from nn.parallel.sequence import Sequence
 from nn.position.none import NoPosition
 from nn.ssm.mamba2 import Mamba2
@@ -89,12 +90,13 @@ CUTS: dict[type[nn.Module], Callable] = {GQA: cut_gqa, GLU: cut_glu, MLP: cut_gl
 class TensorParallel:
     """The branch of a residual sublayer, its layer shared out among the ranks of a mesh of one axis."""
 
-    def __init__(self, layer: nn.Module, cut: Cut, mesh: DeviceMesh, sequence: Sequence):
+    def __init__(self, layer: nn.Module, cut: Cut, mesh: DeviceMesh, sequence: Sequence, overlapped: bool = False):
         self.layer, self.sequence, self.size = layer, sequence, mesh.size()
+        self.overlapped = overlapped and overlap(layer, sequence.group)
         parameters = dict(layer.named_parameters())
         self.along = {name: axis for name, axis in cut.along.items() if name in parameters}
         self.rows = {name: rows for name, rows in cut.rows.items() if name in parameters}
-        self.once = [name for name in cut.once if name in parameters]
+        self.once = [] if self.overlapped else [name for name in cut.once if name in parameters]
         for name, axis in self.along.items():
             path, _, last = name.rpartition(".")
             parameter = parameters[name]
@@ -102,6 +104,8 @@ class TensorParallel:
             setattr(layer.get_submodule(path), last, nn.Parameter(share, requires_grad=parameter.requires_grad))
 
     def __call__(self, x: Tensor, context: Context) -> Tensor:
+        if self.overlapped:
+            return functional_call(self.layer, self.own(), (x, context.whole))
         x = self.sequence.whole(cast_once(x))  # (B, T, C)
         return self.sequence.summed(functional_call(self.layer, self.own(), (x, context.whole)))
 
@@ -113,16 +117,19 @@ class TensorParallel:
         return own | {name: given[name] / self.size for name in self.once}
 
 
-def share_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """In place: every sublayer of the model's stack, and the positions of a row, shared out among the ranks of `mesh`."""
+def share_layers(model: nn.Module, mesh: DeviceMesh, overlapped: bool = False) -> None:
+    """In place: every sublayer of the model's stack, and the positions of a row, shared out among the ranks of `mesh`.
+
+    `overlapped`: layers that can (nn/parallel/overlap.py) compute while their messages travel.
+    """
     group = mesh.get_group()
     sequence = Sequence(group)
     for residual in model.stack:
-        residual.branch = shared_branch(residual, mesh, sequence)
+        residual.branch = shared_branch(residual, mesh, sequence, overlapped)
     model.sequences.append(sequence)
 
 
-def shared_branch(residual: nn.Module, mesh: DeviceMesh, sequence: Sequence) -> Callable[[Tensor, Context], Tensor]:
+def shared_branch(residual: nn.Module, mesh: DeviceMesh, sequence: Sequence, overlapped: bool) -> Callable:
     layers = {"": residual.layer}
     if hasattr(residual.layer, "branches"):
         layers = {f"branches.{i}.": branch for i, branch in enumerate(residual.layer.branches)}
@@ -135,7 +142,7 @@ def shared_branch(residual: nn.Module, mesh: DeviceMesh, sequence: Sequence) -> 
         made.along |= {prefix + name: axis for name, axis in cut.along.items()}
         made.rows |= {prefix + name: rows for name, rows in cut.rows.items()}
         made.once += tuple(prefix + name for name in cut.once)
-    return TensorParallel(residual.layer, made, mesh, sequence)
+    return TensorParallel(residual.layer, made, mesh, sequence, overlapped)
 
 
 def cutter_of(layer: nn.Module) -> Callable | None:

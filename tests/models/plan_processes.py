@@ -27,6 +27,7 @@ MODELS = {
     "gqa": dict(mixer="gqa:kv_heads=2", ffn="swiglu:width=48,moe:experts=4:width=16:top_k=2"),
     "one head": dict(mixer="gqa:kv_heads=1", ffn="swiglu:width=48"),
     "hybrid": dict(mixer="mamba2:state=8:head_dim=16,gqa:kv_heads=2,linear", ffn="mlp:bias=true"),
+    "run again": dict(mixer="gqa:kv_heads=2", ffn="swiglu:width=48", backprop="checkpoint"),
     "hidden rank": dict(mixer="mla:kv_rank=8", ffn="swiglu:width=48"),
 }
 DENSE = dict(mixer="gqa:kv_heads=2", ffn="swiglu:width=48")
@@ -62,7 +63,7 @@ def layers() -> None:
             with Counted(torch.bfloat16) as counted:
                 model(tokens, tokens).backward()
             sizes = parse_mesh(f"{axis}={world}")
-            (stage,) = plan(parts_of(config, sizes), Run(sizes, 32, 16, rows=3))
+            (stage,) = plan(parts_of(config, sizes), Run(sizes, 32, 16, rows=3, backprop=config.backprop))
             planned: dict[str, float] = {}
             for message, size in stage.sent.items():
                 collective = message.partition(" ")[2]

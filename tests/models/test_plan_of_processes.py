@@ -5,7 +5,7 @@ import pytest
 from tests.processes import printed_by
 
 
-@pytest.mark.parametrize("processes, what, lines", [(2, "layers", 11), (4, "meshes", 8)])
+@pytest.mark.parametrize("processes, what, lines", [(2, "layers", 14), (4, "meshes", 8)])
 def test_what_is_planned_is_sent(processes, what, lines):
     """Of layers, as they count it themselves; of whole steps, in which DDP, FSDP and pipelines send too."""
     printed = printed_by(processes, "tests.models.plan_processes", what)

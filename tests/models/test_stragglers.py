@@ -8,7 +8,7 @@ import pytest
 from models.stragglers import slow_ranks
 from tests.processes import printed_by
 
-SLOWED = ["loader=dp=2", "layer=fsdp=2", "layer=tp=2", "mixer=ulysses=2"]
+SLOWED = ["loader=dp=2", "layer=tp=2", "mixer=ulysses=2"]
 UNDISTURBED = ["none=fsdp=2"]
 
 
@@ -28,7 +28,7 @@ def test_the_slow_process_is_named_and_no_other(tmp_path):
         else:
             lines = [record.get("slow", "") for record in compared]
             assert all(line.startswith(named) and "rank 0" not in line for line in lines), (way, compared)
-            assert all(record["busy"][1] > 0.02 for record in compared)
+            assert all(record["busy"][1] > 0.05 for record in compared)
     assert sum(named in line for line in said) == 2 * len(SLOWED), said
 
 

@@ -14,6 +14,7 @@ from nn.parallel import collectives
 from nn.parallel.mixers import share_sequence
 from nn.parallel.sequence import Sequence
 from nn.parallel.ulysses import Shares
+from tests.nn.overlap_processes import check_overlap
 
 B, T, V = 2, 48, 30
 SMALL = dict(dim=32, depth=2, heads=4, vocab_size=V, seq_len=T, stem="", norm="rmsnorm", init="fan_in", ffn="mlp", tie=False)
@@ -160,6 +161,7 @@ if __name__ == "__main__":
         check(name, packed, halves[rank // 2], ring=2)
     check("biased", True, halves[rank // 2], ring=1)
     check_bytes(world)
+    check_overlap()
     if rank == 0:
         print("\n".join(mistakes()), flush=True)
     else:
