@@ -61,7 +61,6 @@ class HostLinear(StackedLinear):
 
         return super()._apply(at_home, recurse)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         """A group of no rows may be left away: where the others end stays as it was."""
         x = cast_once(x)
