@@ -11,7 +11,6 @@ from nn.parallel.mesh import sizes_of
 from optim import AdamW, Combined, Lamb, Muon, by_parts, split_parameters
 from tests.models.spread_processes import Run
 
-
 OTHER = {"fsdp=2": "tp=2", "tp=2": "pp=2"}  # where a run goes on
 
 
