@@ -8,7 +8,7 @@ the correction of the bias approximate, as in torch.optim.SparseAdam. Unlike Ada
 goes on by its momentum: a step looks through the gradient once, and of the 28 bytes a number that AdamW reads and writes only
 those of used rows move. A row that was used, but with a gradient of zeros, counts as unused.
 
-Sources: the update on the host in Ren et al. 2023, "PanGu-Sigma", arXiv:2303.10845, section 3.3; the equation is AdamW's
+Sources: the update on the host in Ren et al. 2023, "PanGu-Sigma", arXiv:2303.10845; the equation is AdamW's
 (Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101).
 """
 
