@@ -1,6 +1,6 @@
 """Experts in the host's memory: a pass moves to the device those that its tokens were sent to, and no other.
 
-Ren et al. 2023, "PanGu-Sigma" (arXiv:2303.10845), section 3.3, "Expert Computation and Storage Separation": a device needs
+Ren et al. 2023, "PanGu-Sigma" (arXiv:2303.10845), "Expert Computation and Storage Separation": a device needs
 room for the experts of one batch, however many there are. With n of E experts of S numbers asked by the tokens of a pass, b
 bytes a number in which it computes,
 
