@@ -264,7 +264,7 @@ def train(config: Config, resumed: Path | None) -> int:
         draw_curve(run / "log.jsonl", run / "curve.png")
         log.say(f"saved {folder} and {run / 'curve.png'}" + ("; an example:" if task else "; a sample:\n" * model.causal))
     if rank == 0 and not spread.is_whole:
-        log.say(f"python eval.py sample {run}")
+        log.say(f"python eval.py sample --checkpoint {run}")
     elif rank == 0 and task:
         with autocast(device, dtype):
             print(worked_example(model, next(examples(task, batch_size=1)), task.spell))

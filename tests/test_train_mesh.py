@@ -12,7 +12,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import eval as evaluation
 import train
+from models import make_whole
 from models.checkpoint import checkpoints, verify
 from models.log import read
 
@@ -52,18 +54,23 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_goes_on_on_other_meshes_and_ends_as_on_one_process(tmp_path, text):
-    """One process to step 2, four with layers and positions shared out to 5, one process to 8."""
-    flags = [*TINY, "--data", text]
-    assert train.main([*flags, "--steps", "8", "--schedule", "wsd:decay=0.01", "--out", str(tmp_path / "one")]) == 0
+    """One process to step 2, four with layers and positions shared out to 4, two with heads to 6, one to 8."""
+    flags = [*TINY, "--data", text, "--schedule", "wsd:decay=0.01"]
+    assert train.main([*flags, "--steps", "8", "--out", str(tmp_path / "one")]) == 0
     run = str(tmp_path / "run")
-    assert train.main([*flags, "--steps", "2", "--schedule", "wsd:decay=0.01", "--out", run]) == 0
-    status, said = ended(start(4, "--resume", run, "--mesh", "pp=2,ulysses=2", "--steps", "5"))
-    assert status == 0 and f"python eval.py sample {run}" in said, said[-3000:]
-    assert train.main(["--resume", run, "--mesh", "", "--steps", "8"]) == 0
+    assert train.main([*flags, "--steps", "2", "--out", run]) == 0
+    for processes, mesh, steps in ((4, "pp=2,ulysses=2", "4"), (2, "tp=2", "6")):
+        status, said = ended(start(processes, "--resume", run, "--mesh", mesh, "--steps", steps, "--save-behind"))
+        assert status == 0 and f"python eval.py sample --checkpoint {run}" in said, said[-3000:]
+        assert len([*checkpoints(tmp_path / "run")[-1].glob("shard-*")]) == processes
+    assert make_whole.main([run, "--out", str(tmp_path / "plain")]) == 0
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"config.json", "model.safetensors", "tokenizer"}
+    assert train.main(["--resume", run, "--mesh", "", "--steps", "8", "--no-save-behind"]) == 0
     for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
     judged = [[r["bpb"] for r in read(tmp_path / name / "log.jsonl") if "bpb" in r][-1] for name in ("run", "one")]
     assert math.isclose(*judged, rel_tol=1e-4)
+    assert evaluation.main(["bpb", "--checkpoint", str(tmp_path / "plain"), "--data", text]) == 0
 
 
 @pytest.mark.parametrize("flags, part", [
