@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ class Run:
     def saved(self, *, behind: bool = False) -> Path:
         """The folder of a checkpoint."""
         (run,) = shared([tempfile.mkdtemp()])
-        saver = Saver(Path(run), keep=1, rank=dist.get_rank(), parts=not self.spread.is_whole, behind=behind)
+        saver = LateSaver(Path(run), keep=1, rank=dist.get_rank(), parts=not self.spread.is_whole, behind=behind)
         tensors, tree = self.state.optimizer()
 
         def write(folder: Path) -> None:
@@ -108,9 +109,23 @@ class Run:
         folder = saver.save(1, dict(model=self.state.weights(), optimizer=tensors), write)
         if behind:
             self.step(STEPS)  # is not what is saved
+        saver.may_write.set()
         saver.finish()
         dist.barrier()
         return folder
+
+
+class LateSaver(Saver):
+    """One that begins to write behind the run's back when it is told to."""
+
+    def __init__(self, run: Path, **options):
+        super().__init__(run, **options)
+        self.may_write = Event()
+
+    def work(self, tensors: dict) -> None:
+        if self.behind:
+            self.may_write.wait()
+        super().work(tensors)
 
 
 def shared(values: list) -> list:
@@ -157,7 +172,7 @@ def drawn(name: str, sizes: dict[str, int]) -> float:
     state.after(Spread(model, sizes, rows=2, parts=2))
     fill(state.weights(), config, None)
     expected = model_tensors(build_model(config, seed=config.seed))
-    assert len(state.weights()) > 5
+    assert len(state.weights()) > 5 and (not config.tie or model.head.weight is model.embedding.weight)
     pairs = ((local(tensor), part(expected[name], like=tensor)) for name, tensor in state.weights().items())
     return max(((a.double() - b.double()).abs().max() if a.numel() else 0 * b.sum()).item() for a, b in pairs)
 
@@ -187,10 +202,11 @@ if __name__ == "__main__":
                 print(f"{words} {worst.item():.1e}", flush=True)
             continue
         if ">" in words:
-            worst = torch.tensor(handed_over("hybrid", *(sizes_of(mesh, world) for mesh in words.split(">"))))
+            meshes, _, name = words.partition("/")
+            worst = torch.tensor(handed_over(name or "hybrid", *(sizes_of(mesh, world) for mesh in meshes.split(">"))))
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             if rank == 0:
-                print(f"{words} hybrid {worst[0].item():.1e} {worst[1].item():.1e}", flush=True)
+                print(f"{words} {worst[0].item():.1e} {worst[1].item():.1e}", flush=True)
             continue
         mesh, _, names = words.partition("/")
         mesh, _, pipeline = mesh.partition("@")
