@@ -155,8 +155,8 @@ assert factors["hash", N[1]] > factors["sinkhorn", N[1]] > 1.1
 #
 # `python -m lectures.twins` trains pairs on Python's library, eight experts and two a token, and asks both about C++ headers
 # too. Its table is in `nn/moe/RESULTS.md`: at home small mixtures win by two percent and larger ones, after as many steps, by
-# nothing; abroad they win by less; and after both have learned a little C++ they are about equal. In the paper, too, the factor
-# is smaller out of domain and shrinks with size, and fine-tuning is the exception to the rule.
+# nothing; abroad the small ones win by less, hardly more than chance; and after both twins have learned a little C++ the larger
+# pairs are equal. In the paper, too, the factor shrinks with size and out of domain, and fine-tuning is the exception.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")

@@ -127,10 +127,10 @@ def twins(args: Namespace) -> None:
         if args.tune:
             learn([*pair.values()], Loader(texts["other"][0], **shape, seed=args.seed), args.tune, rate=0.25, dtype=dtype)
         for kind, run in pair.items():
-            tuned = judges["other"](run.model.eval()) if args.tune else float("nan")
+            tuned = f"{judges['other'](run.model.eval()):.4f}" if args.tune else "-"
             whole = sum(p.numel() for p in run.model.parameters())
             print(f"{dim:>3} {kind:>8} {whole:>10,} {active(run.model):>9,} {compute(run, tokens):>8.2g} {pace[kind]:>9.1f} "
-                  f"{run.losses['own']:>7.4f} {run.losses['other']:>7.4f} {tuned:>7.4f}", flush=True)  # fmt: skip
+                  f"{run.losses['own']:>7.4f} {run.losses['other']:>7.4f} {tuned:>7}", flush=True)  # fmt: skip
     for kind in texts:
         found = factors(ladders["dense"], ladders["mixture"], kind, tokens)
         shown = (f"dim {dim} " + ("off the curve" if factor is None else f"{factor:.2f}") for dim, factor in found.items())
