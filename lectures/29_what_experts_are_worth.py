@@ -178,4 +178,4 @@ for router, law in PUBLISHED.items():
 axes[2].axhline(1, color="0.7")
 axes[2].set(xscale="log", yscale="log", xlabel="N", ylabel="effective / N", title="64 experts, with the paper's constants")
 axes[2].legend()
-lectern.save_figure(figure, "30_what_experts_are_worth")
+lectern.save_figure(figure, "29_what_experts_are_worth")
