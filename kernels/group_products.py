@@ -21,11 +21,20 @@ def rounded(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // unit) * unit
 
 
-def rows_of(x: Tensor, places: Tensor | None, begin: int, end: int) -> Tensor:
-    """The rows of a group, where `places` are (as they stand, if None), and rows of 0 below them until there are `rounded`."""
-    rows = x[begin:end] if places is None else x.index_select(0, places[begin:end])
-    more = rounded(end - begin, x.dtype) - (end - begin)
-    return F.pad(rows, (0, 0, 0, more)) if more else rows
+def rows_of(x: Tensor, places: Tensor | None, begin: int, end: int, limit: int) -> Tensor:
+    """The rows of a group, where `places` are (as they stand, if None), and as many of the next groups', which end at `limit`,
+    as make them `rounded`; rows of 0 where there are too few. With a limit of 0: rows of 0 in any case.
+    """
+    last = begin + rounded(end - begin, x.dtype)
+    if last <= limit or last == end:
+        return x[begin:last] if places is None else x.index_select(0, places[begin:last])
+    rows = x.new_empty(last - begin, x.shape[1])
+    if places is None:
+        rows[: end - begin] = x[begin:end]
+    else:
+        torch.index_select(x, 0, places[begin:end], out=rows[: end - begin])
+    rows[end - begin :] = 0
+    return rows
 
 
 def slack(rows: int) -> int:
@@ -38,9 +47,9 @@ def products(x: Tensor, weight: Tensor, ends: Tensor, places: Tensor | None) -> 
     """Row m of x, or x[places[m]], times the matrix of its group: (M, N), rows beyond the groups 0."""
     M, begin = len(x) if places is None else len(places), 0
     y = x.new_empty(M + slack(M), weight.shape[1])
-    for group, end in enumerate(ends.tolist()):
+    for group, end in enumerate(bounds := ends.tolist()):
         if end > begin:
-            rows = rows_of(x, places, begin, end)
+            rows = rows_of(x, places, begin, end, bounds[-1])
             torch.mm(rows, weight[group].T, out=y[begin : begin + len(rows)])  # rows of the next groups too, written anew
         begin = end
     y[begin:].zero_()
@@ -65,8 +74,8 @@ def products_backward(
     drows = x.new_empty(M + slack(M) if need_x else 0, K)
     dweight = x.new_empty(G if need_weight else 0, N, K)
     dscale = x.new_zeros(0) if scale is None else torch.zeros_like(scale)
-    for group, end in enumerate(ends.tolist()):
-        grad = rows_of(dy, targets, begin, end)
+    for group, end in enumerate(bounds := ends.tolist()):
+        grad = rows_of(dy, targets, begin, end, 0 if need_weight else bounds[-1])  # a sum over rows: over its own
         if scale is not None and end > begin:
             wide = grad.to(scale.dtype, copy=True)
             own = wide[: end - begin]
@@ -76,7 +85,7 @@ def products_backward(
         if need_x and end > begin:
             torch.mm(grad, weight[group], out=drows[begin : begin + len(grad)])
         if need_weight:
-            torch.mm(grad.T, rows_of(x, places, begin, end), out=dweight[group])
+            torch.mm(grad.T, rows_of(x, places, begin, end, bounds[-1]), out=dweight[group])
         begin = end
     drows[begin:].zero_()
     return drows[:M], dweight, dscale
