@@ -172,7 +172,6 @@ def train(config: Config, resumed: Path | None) -> int:
     log = Log(run, step, quiet=rank > 0)
     log.say(f"{run}: {parameters:,} parameters, {source}, "
             f"{config.dtype} on {world} x {device}, matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
-
     saver = Saver(run, keep=config.keep, rank=rank, parts=not spread.is_whole, behind=config.save_behind)
 
     def evaluate(limit: int | None = None) -> dict[str, float]:
@@ -224,6 +223,7 @@ def train(config: Config, resumed: Path | None) -> int:
         scale = scaler.scale(torch.ones((), device=device)).item()  # 1, but for float16
         loss = summed(spread.step(parts, scale / counted_a_step), world) / counted_a_step
         if not math.isfinite(loss):
+            saver.finish()
             log.close()
             release_signals()
             good = checkpoints(run)[-1:] or ["none"]
