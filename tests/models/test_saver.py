@@ -10,7 +10,6 @@ from models.checkpoint import checkpoints, read_tensors, verify
 from models.saver import Saver
 from models.sharded import kind_of, on_meta, read_all, read_parts
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
