@@ -4,9 +4,11 @@
 
 A training step (forward and backward) of one layer, 256 wide unless told otherwise, on 16 rows of 256 tokens that are new in
 each step: 8 experts twice as wide, two a token. Sides take turns, so that a noisy machine is so to all; tokens a second are of
-the best turn, the ratio that of the best ones. All have the allocator's settings of train.py.
+the best turn, the ratio that of the best ones. All have the allocator's settings of train.py; at the end, in processes of their
+own, each as its users run it: the block in float32 with the allocator as it is, ours as train.py runs it.
 """
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,25 +70,39 @@ def first(x):
     return x[0] if isinstance(x, tuple) else x
 
 
-def main() -> None:
+def main(threads: int = 2, dim: int = 256, only: str = "") -> None:
     torch.manual_seed(0)
-    tune_cpu()
-    threads, dim = (*map(int, sys.argv[1:]), *(2, 256)[len(sys.argv) - 1 :])
     torch.set_num_threads(threads)
     context = Context(torch.zeros(ROWS, TIME, dtype=torch.int64), torch.arange(TIME))
     block = theirs(dim)
+    if only != "theirs":
+        tune_cpu()
+
+    def side(spec: str, width: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+        return stepping(build(spec.format(width), FFNS, "ffn", dim), lambda layer, x: layer(x, context), dtype)
+
+    def their_side(dtype: torch.dtype) -> Callable[[Tensor], None]:
+        return stepping(block, lambda layer, x: first(layer(x)), dtype)
+
+    if only:
+        alone = their_side(torch.float32) if only == "theirs" else side(PAIRS["gated"][0], 2 * dim, torch.bfloat16)
+        print(best({only: alone}, dim)[only])
+        return
     for dtype in (torch.bfloat16, torch.float32):
-        for name, specs in PAIRS.items():
-            widths = dict(mixture=2 * dim, dense=4 * dim)
-            layers = {s: build(spec.format(widths[s]), FFNS, "ffn", dim) for s, spec in zip(widths, specs, strict=True)}
-            sides = {side: stepping(layer, lambda layer, x: layer(x, context), dtype) for side, layer in layers.items()}
+        for name, (mixture, dense) in PAIRS.items():
+            sides = {"mixture": side(mixture, 2 * dim, dtype), "dense": side(dense, 4 * dim, dtype)}
             if name == "gated" and block is not None:
-                sides["transformers"] = stepping(block, lambda layer, x: first(layer(x)), dtype)
+                sides["transformers"] = their_side(dtype)
             rates = best(sides, dim)
             ratios = ", ".join(f"{rates['mixture'] / rates[side]:.2f} of {side}" for side in list(sides)[1:])
             shown = ", ".join(f"{side} {rate:,.0f}" for side, rate in rates.items())
-            print(f"{name}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads: {shown} tokens/s; {ratios}")
+            print(f"{name}, {str(dtype).removeprefix('torch.')}, {threads} threads: {shown} tokens/s; {ratios}", flush=True)
+    if block is not None:
+        command = [sys.executable, "-m", "tests.bench_moe", str(threads), str(dim)]
+        turns = [[float(subprocess.check_output([*command, who])) for who in ("ours", "theirs")] for _ in range(3)]
+        ours, as_it_comes = map(max, zip(*turns, strict=True))
+        print(f"each as it is used: ours {ours:,.0f}, transformers {as_it_comes:,.0f} tokens/s; {ours / as_it_comes:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

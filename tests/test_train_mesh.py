@@ -53,7 +53,7 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read(folder / "log.jsonl") if "loss" in record]
 
 
-def test_a_run_goes_on_on_other_meshes_and_ends_as_on_one_process(tmp_path, text):
+def test_a_run_goes_on_on_other_meshes_and_ends_as_on_one_process(tmp_path, text, capsys):
     """One process to step 2, four with layers and positions shared out to 4, two with heads to 6, one to 8."""
     flags = [*TINY, "--data", text, "--schedule", "wsd:decay=0.01"]
     assert train.main([*flags, "--steps", "8", "--out", str(tmp_path / "one")]) == 0
@@ -65,6 +65,13 @@ def test_a_run_goes_on_on_other_meshes_and_ends_as_on_one_process(tmp_path, text
         assert len([*checkpoints(tmp_path / "run")[-1].glob("shard-*")]) == processes
     assert make_whole.main([run, "--out", str(tmp_path / "plain")]) == 0
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {"config.json", "model.safetensors", "tokenizer"}
+    shard = min(checkpoints(tmp_path / "run")[-1].glob("shard-*"))
+    lost = shard.rename(tmp_path / "lost")
+    capsys.readouterr()
+    assert train.main(["--resume", run, "--mesh", ""]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is damaged" in line and f"{shard.name} is missing" in line
+    lost.rename(shard)
     assert train.main(["--resume", run, "--mesh", "", "--steps", "8", "--no-save-behind"]) == 0
     for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
         assert math.isclose(ours, theirs, rel_tol=1e-4)
