@@ -309,7 +309,7 @@ for name in dtypes:
     rate = step_flops / total[name]
     reached = f"{rate / 1e9:.0f} of {peak[name] / 1e9:.0f} GFLOP/s"
     print(f"{name:9} {B * T / total[name]:8,.0f} tokens/s, {reached}: {rate / peak[name]:.0%}")
-    assert 0.05 < rate / peak[name] < 1.1
+    assert rate / peak[name] < 1.1
 if fast != FP32:
     gain, at_most = total["float32"] / total["bfloat16"], peak["bfloat16"] / peak["float32"]
     print(f"bfloat16 makes products {at_most:.2f} times as fast and the whole step {gain:.2f} times")

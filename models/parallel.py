@@ -52,14 +52,14 @@ class Spread:
         tp_overlap: bool = False,
         autocast: Callable = nullcontext,
     ):
-        check(sizes, forward is not None and forward is not model)
+        check(sizes, forward is not None and forward is not model, model)
         schedule = build(pipeline, PIPELINES, "pipeline")
         self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
         self.rank, self.pipeline = 0, None
         self.device = device = torch.device(device)
         device_type = device.type
         pp, dp, ep, fsdp, ring, ulysses, tp = (sizes[name] for name in ("pp", "dp", "ep", "fsdp", "ring", "ulysses", "tp"))
-        self.averaged = dp * ep * fsdp * ring * ulysses  # processes over which the engine takes the mean of gradients
+        self.averaged = averaged(sizes)
         if self.is_alone:
             return
         if device_type != "cpu" and any(isinstance(module, HostLinear) for module in model.modules()):
@@ -82,7 +82,7 @@ class Spread:
                 if hasattr(part, "counted_over"):
                     part.counted_over = self.same_layers
         self.kept = {name for name, parameter in model.named_parameters() if cuts(parameter)}  # by tp or ep: none has all
-        shard = partial(sharded, mesh=data, kept=pp > 1) if fsdp > 1 or tp * pp > 1 and self.averaged > 1 else None
+        shard = partial(sharded, mesh=data, kept=pp > 1) if shards(sizes) else None
         if pp > 1:
             options = dict(rows=rows, parts=parts, shard=shard or (lambda stage: stage), autocast=autocast)
             self.pipeline = Pipeline(model, self.stage, schedule, device, **options)
@@ -178,6 +178,16 @@ def keeps_whole(sizes: dict[str, int]) -> bool:
     return all(size == 1 for name, size in sizes.items() if name != "dp")
 
 
+def averaged(sizes: dict[str, int]) -> int:
+    """The number of processes over which the engine takes the mean of gradients."""
+    return math.prod(sizes[name] for name in ("dp", "ep", "fsdp", "ring", "ulysses"))
+
+
+def shards(sizes: dict[str, int]) -> bool:
+    """Whether the engine is the one that cuts weights."""
+    return sizes["fsdp"] > 1 or sizes["tp"] * sizes["pp"] > 1 and averaged(sizes) > 1
+
+
 def give_room(module: nn.Module, device: torch.device) -> None:
     """Memory on a device, in place, for what is on the meta device; what is elsewhere moves there."""
     before = torch.__future__.get_swap_module_params_on_conversion()
@@ -188,12 +198,16 @@ def give_room(module: nn.Module, device: torch.device) -> None:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def check(sizes: dict[str, int], wrapped: bool) -> None:
-    """ValueError for axes that do not go together, or with a model that is `wrapped`."""
+def check(sizes: dict[str, int], wrapped: bool, model: nn.Module) -> None:
+    """ValueError for axes that do not go together, with a model that is `wrapped`, or with what this one is made of."""
     more = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name != "dp"]
     if wrapped and more:
         raise ValueError(f"mesh: a teacher or a compiled model goes together with dp only, not with {', '.join(more)}")
     others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in ("ep", *WITH_EXPERTS)]
+    shared = [name for module in model.modules() for name in getattr(module, "shared_by_layers", ())]
+    if shared and (shards(sizes) or sizes["pp"] > 1):
+        raise ValueError(f"mesh: layers that share parameters ({', '.join(dict.fromkeys(shared))}) go neither with pp nor with "
+                         "weights that are cut: fsdp, or tp beside rows that are shared out")  # fmt: skip
     if sizes["ep"] > 1 and others:
         raise ValueError(f"mesh: ep goes together with {', '.join(WITH_EXPERTS)}, not with {', '.join(others)}")
 

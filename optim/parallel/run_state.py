@@ -28,10 +28,8 @@ class RunState:
         optimizer_of: Callable[[nn.Module], Combined],
     ):
         self.model, self.tensors_of, self.optimizer_of = model, tensors, optimizer_of
-        every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        names = {id(tensor): name for name, tensor in reversed(every.items())}
-        self.names = {name: names[id(tensor)] for name, tensor in every.items()}  # of what is shared, the first one
         self.shapes = {name: torch.empty_like(parameter, device="meta") for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.before = optimizer_of(model)
         each_one = self.before.optimizers
         self.numbered = [[names[id(p)] for group in each.param_groups for p in group["params"]] for each in each_one]
@@ -42,7 +40,7 @@ class RunState:
         self.now = self.before if spread.is_whole else self.optimizer_of(self.model)
         for group in () if spread.is_whole else self.before.param_groups:  # the whole model is not kept for their sake
             group["params"] = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
-        self.parameters = {self.names[name]: parameter for name, parameter in self.model.named_parameters()}
+        self.parameters = dict(self.model.named_parameters())
         self.holders = {id(p): each for each in self.now.optimizers for group in each.param_groups for p in group["params"]}
         return self.now
 
@@ -53,7 +51,7 @@ class RunState:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors that this process has, or has a part of."""
-        return {self.names[name]: tensor for name, tensor in self.tensors_of(self.model).items()}
+        return self.tensors_of(self.model)
 
     def optimizer(self) -> tuple[dict[str, Tensor], object]:
         """The optimizer's tensors that this process has, or has a part of, and the tree of all. All processes take part."""

@@ -2,6 +2,9 @@
 
 import pytest
 
+from models import Config
+from models.parallel import Spread
+from models.weights import skeleton
 from nn.parallel.mesh import AXES, parse_mesh, share_of_rows, sizes_of
 from tests.processes import printed_by
 
@@ -13,8 +16,9 @@ MESHES = {  # processes: meshes, each with its schedule and the models of spread
 }  # fmt: skip
 
 
-CHANGES = {2: ["pp=2>fsdp=2/router"], 4: ["tp=2,dp=2>fsdp=4", "fsdp=4>pp=2,tp=2", "pp=2,tp=2>dp=4", "dp=4>ring=2,fsdp=2"]}
-EXACT = ["drawn:tp=2/gqa", "drawn:pp=2/router", "drawn:ep=2/experts", "drawn:ulysses=2/hybrid", "behind:fsdp=2/gqa"]
+CHANGES = {2: ["pp=2>fsdp=2"], 4: ["tp=2,dp=2>fsdp=4", "fsdp=4>pp=2,tp=2", "pp=2,tp=2>dp=4", "dp=4>ring=2,fsdp=2"]}
+EXACT = ["drawn:tp=2/gqa", "drawn:pp=2/experts", "drawn:tp=2/router", "drawn:ep=2/experts", "drawn:ulysses=2/hybrid",
+         "behind:fsdp=2/gqa"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MESHES)
@@ -61,6 +65,13 @@ def test_a_wrong_mesh_is_one_clear_line(text, part):
     with pytest.raises(ValueError, match="^mesh: ") as error:
         sizes_of(text, 4)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "pp=2", "tp=2,dp=2"])
+def test_layers_that_share_parameters_go_with_no_mesh_that_cuts_them(mesh):
+    model = skeleton(Config.of(dim=16, heads=2, depth=2, vocab_size=9, ffn="moe:experts=4:router=recurrent"))
+    with pytest.raises(ValueError, match=r"^mesh: layers that share parameters \(from_input, from_memory\)"):
+        Spread(model, parse_mesh(mesh))
 
 
 def test_rows_are_shared_among_data_axes_only():
