@@ -65,7 +65,7 @@ class Saver:
                 for path, of in zip(written, tensors.values(), strict=True):
                     write_tensors(path, of)
             self.digests = {path.name: digest(path) for path in written}
-        except OSError as error:
+        except BaseException as error:  # of whatever kind: `finish` raises it, and the folder does not become a checkpoint
             self.error = error
 
     def finish(self) -> None:
@@ -78,7 +78,8 @@ class Saver:
         self.partial, self.thread, self.error, self.digests = None, None, None, {}
         if self.group:
             every: list = [None] * dist.get_world_size()
-            dist.all_gather_object(every, (error and (error.errno, error.strerror, error.filename), digests), group=self.group)
+            told = error and ((error.errno, error.strerror, error.filename) if isinstance(error, OSError) else (0, str(error)))
+            dist.all_gather_object(every, (told, digests), group=self.group)
             error = next((OSError(*said) for said, _ in every if said), None)
             digests = {name: checksum for _, of in every for name, checksum in of.items()}
         try:

@@ -71,6 +71,15 @@ def test_what_cannot_be_written_is_told_and_the_last_one_stays(tmp_path, monkeyp
     verify(tmp_path / "step-000001")
 
 
+def test_what_no_one_expected_makes_no_checkpoint(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, keep=2, behind=True)
+    monkeypatch.setattr("models.saver.write_tensors", lambda path, tensors: {}["nothing"])
+    saver.save(1, tensors(1), lambda folder: None)
+    with pytest.raises(KeyError):
+        saver.finish()
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.fixture
 def parts(tmp_path):
     both = {name: tensor for of in tensors(2.0).values() for name, tensor in of.items()}
