@@ -57,4 +57,5 @@ if __name__ == "__main__":
         check(spec, wrapping, rank, world)
         if rank == 0:
             print(words, flush=True)
+    dist.barrier()
     dist.destroy_process_group()

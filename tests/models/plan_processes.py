@@ -116,4 +116,5 @@ def say(line: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     dict(layers=layers, meshes=meshes)[sys.argv[1]]()
+    dist.barrier()
     dist.destroy_process_group()

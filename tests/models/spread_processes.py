@@ -216,4 +216,5 @@ if __name__ == "__main__":
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             if rank == 0:
                 print(f"{words} {name} {worst.item():.1e}", flush=True)
+    dist.barrier()
     dist.destroy_process_group()

@@ -81,4 +81,5 @@ if __name__ == "__main__":
     except ValueError as error:
         if rank == 0:
             print(f"refused: {error}", flush=True)
+    dist.barrier()
     dist.destroy_process_group()

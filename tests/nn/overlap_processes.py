@@ -75,4 +75,5 @@ def clock() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     clock()
+    dist.barrier()
     dist.destroy_process_group()

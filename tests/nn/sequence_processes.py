@@ -166,4 +166,5 @@ if __name__ == "__main__":
         print("\n".join(mistakes()), flush=True)
     else:
         mistakes()
+    dist.barrier()
     dist.destroy_process_group()

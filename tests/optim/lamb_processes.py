@@ -51,4 +51,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     compare(Lamb)
     compare(SparseAdamW)
+    dist.barrier()
     dist.destroy_process_group()

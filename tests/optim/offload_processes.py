@@ -52,4 +52,5 @@ if __name__ == "__main__":
         compare(mesh)
         if dist.get_rank() == 0:
             print(f"{mesh}: equal", flush=True)
+    dist.barrier()
     dist.destroy_process_group()

@@ -116,4 +116,5 @@ if __name__ == "__main__":
         check("gqa", (1, 2, 3), rank, world)
     if rank == 0:
         print(f"{world} ranks", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
