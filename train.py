@@ -18,28 +18,27 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS, Loader, Task, TaskLoader, Tokenizer, Tokens, examples, load, load_tokenizer, training_documents, windows
+from data import TASKS, Loader, Task, TaskLoader, examples, open_text, windows
 from models import Config, LanguageModel, build_model
 from models.auxiliary import after_step
 from models.backprop import BACKPROPS
-from models.checkpoint import MANIFEST, checkpoints, find, model_tensors, read_json, read_tensors, write_json, write_tensors
+from models.checkpoint import MANIFEST, checkpoints, find, model_tensors, write_json, write_tensors
 from models.config import Parser, add_flags
 from models.describe import forward_flops
 from models.distill import MATCHES, with_teacher
-from models.generate import Sampler, generate
+from models.generate import Sampler, sample
 from models.heads import HEADS
 from models.learn_only import learn_only
 from models.log import Log, draw_curve, show
-from models.machine import autocast, choose_device, choose_dtype, generators, matmul_peak, set_generators, tune_cpu
+from models.machine import autocast, choose_device, choose_dtype, generators, matmul_peak, tune_cpu
 from models.parallel import Spread, keeps_whole
 from models.pipeline import PIPELINES
-from models.saver import Saver
+from models.saver import Saver, restore
 from models.score import answered, bits_per_byte, posed, worked_example
-from models.sharded import on_meta, read_parts
 from models.signals import catch_signals, release_signals
 from models.stack import FFNS, MIXERS
 from models.stragglers import OwnTime
-from models.weights import fill, load_model, read_config, save_config, skeleton, tensors_of
+from models.weights import fill, load_model, read_config, save_config, skeleton
 from nn.adapt import ADAPTERS
 from nn.init import INITS
 from nn.moe import ROUTERS
@@ -125,7 +124,9 @@ def train(config: Config, resumed: Path | None) -> int:
         loader, source, ids = TaskLoader(task, **part_of_all), f"rows of {task} without end", task.vocab_size
         counting = task.asked / task.seq_len  # of the positions
     else:
-        tokenizer, training, validation = open_text(config, resumed, rank, world)
+        kept = dict(tokenizer=config.tokenizer, vocab_size=config.vocab_size, saved=resumed and resumed / "tokenizer")
+        with first_rank_first(rank, world):
+            tokenizer, training, validation = open_text(config.data, val_spec=config.val_data, **kept)
         loader, source = Loader(training, seq_len=config.seq_len, **part_of_all), f"{len(training):,} training tokens"
         ids, counting = tokenizer.vocab_size, objective.share
 
@@ -269,11 +270,8 @@ def train(config: Config, resumed: Path | None) -> int:
         with autocast(device, dtype):
             print(worked_example(model, next(examples(task, batch_size=1)), task.spell))
     elif rank == 0 and model.causal:
-        prompt = torch.tensor([[tokenizer.eot]], device=device)
         sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
-        length = min(config.sample, model.position.max_len or config.sample)
-        ids = [token.item() for token in generate(model, prompt, new_tokens=length, sampler=sampler, stop=tokenizer.eot)]
-        print(tokenizer.decode([i for i in ids if i != tokenizer.eot]))
+        print(sample(model, tokenizer, new_tokens=config.sample, sampler=sampler))
     leave_processes(world)
     return 0
 
@@ -281,20 +279,6 @@ def train(config: Config, resumed: Path | None) -> int:
 def task_of(data: str) -> Task | None:
     """The task that `task:NAME:key=value` names; None for text."""
     return build(data.removeprefix("task:"), TASKS, "task") if data.startswith("task:") else None
-
-
-def open_text(config: Config, resumed: Path | None, rank: int, world: int) -> tuple[Tokenizer, Tokens, Tokens]:
-    """The tokenizer, and the tokens for training and for validation."""
-
-    def texts():
-        return (document.text for document in training_documents(config.data, config.val_data or None))
-
-    with first_rank_first(rank, world):
-        if resumed:
-            tokenizer = Tokenizer.load(resumed / "tokenizer")
-        else:
-            tokenizer = load_tokenizer(config.tokenizer, texts=texts, vocab_size=config.vocab_size)
-        return tokenizer, *load(config.data, tokenizer, val_spec=config.val_data or None)
 
 
 def build_optimizer(config: Config, model: LanguageModel) -> Combined:
@@ -309,17 +293,6 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
     if config.offload:
         optimizer.offload()
     return optimizer
-
-
-def restore(folder: Path, state: RunState, loader: Loader | TaskLoader, scaler: LossScale) -> tuple[int, float]:
-    """Put everything but the weights back as it was; the step and the seconds of training so far."""
-    progress = read_json(folder / "progress.json")
-    there = tensors_of(folder, "optimizer") if state.is_whole else on_meta(folder, "optimizer")
-    state.load_optimizer(progress["optimizer"], there, partial(read_parts, folder))
-    loader.load_state_dict(progress["loader"])
-    scaler.load_state_dict(progress["scaler"])
-    set_generators(read_tensors(folder / "generators.safetensors"))
-    return progress["step"], progress["elapsed"]
 
 
 if __name__ == "__main__":

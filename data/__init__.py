@@ -8,6 +8,7 @@
     hf_tokenizer a Hugging Face tokenizer.json as ranks
     token_files  files of ids written elsewhere
     tokens       text as a memory-mapped stream of ids; `load` for the whole way
+    text         the whole way: a tokenizer, and tokens for training and validation
     loader       batches: random windows for training, all windows for evaluation
     tasks        sequences made by a rule, with answers that are known
     task_loader  batches of a task
@@ -19,9 +20,7 @@
 
 The whole way:
 
-    texts = lambda: (document.text for document in training_documents("python"))
-    tokenizer = load_tokenizer("bpe", texts=texts, vocab_size=4096)
-    training, validation = load("python", tokenizer)
+    tokenizer, training, validation = open_text("python", vocab_size=4096)
     for inputs, targets, documents in Loader(training, batch_size=16, seq_len=256, seed=0): ...
 """
 
@@ -30,6 +29,7 @@ from data.corpus import Document, documents, is_validation, python_library, trai
 from data.loader import IGNORE, Batch, Loader, windows
 from data.task_loader import TaskLoader, examples
 from data.tasks import TASKS, Task
+from data.text import open_text
 from data.token_files import write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, load, tokenize
@@ -50,6 +50,7 @@ __all__ = [
     "is_validation",
     "load",
     "load_tokenizer",
+    "open_text",
     "python_library",
     "tokenize",
     "training_documents",

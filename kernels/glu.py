@@ -12,7 +12,7 @@
 
 Hendrycks and Gimpel 2016 (GELU, SiLU; arXiv:1606.08415); So et al. 2021 (relu2; arXiv:2109.08668); Yu et al. 2022, eq. 5
 (star_relu; arXiv:2210.13452); Dauphin et al. 2016 (GLU; arXiv:1612.08083); Shazeer 2020 (the others; arXiv:2002.05202).
-The kernels keep only the inputs for the backward pass, which computes f again.
+The kernels (kernels/glu_kernels.py) keep only the inputs for the backward pass, which computes f again.
 
 With n numbers of b bytes out, and an f of about 10 FLOPs:
     activate   10 n FLOPs, 2 n b bytes moved; backward 20 n, 3 n b
@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import Function, apply, launch, on_triton, power_of_2, tl, triton
+from kernels.glu_kernels import backward_kernel, blocks, by_rows, forward_kernel
+from kernels.launch import Function, apply, launch, on_triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
 # N rows, C columns
@@ -88,105 +89,6 @@ def activate_reference_backward(grads, x, scale=None, bias=None, *, activation):
     if bias is not None:
         found["bias"] = grads[0].sum().reshape(np.shape(bias))
     return found
-
-
-@triton.jit
-def value_of(x, NAME: tl.constexpr):
-    """f(x). The tanh of gelu_tanh is written as a sigmoid, 1 + tanh(u) = 2 sigmoid(2 u), which loses nothing near 0."""
-    if NAME == "silu":
-        y = x * tl.sigmoid(x)
-    elif NAME == "gelu":
-        y = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    elif NAME == "gelu_tanh":
-        y = x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-    elif NAME == "sigmoid":
-        y = tl.sigmoid(x)
-    else:
-        y = tl.where(x <= 0, 0, x)  # NaN stays NaN
-        if NAME == "relu2":
-            y *= y
-    return y
-
-
-@triton.jit
-def slope_of(x, NAME: tl.constexpr):
-    """f'(x)."""
-    if NAME == "silu":
-        s = tl.sigmoid(x)
-        d = s * (1 + x * (1 - s))
-    elif NAME == "gelu":
-        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(x * x * -0.5) * 0.3989422804014327
-    elif NAME == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-        d = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    elif NAME == "sigmoid":
-        s = tl.sigmoid(x)
-        d = s * (1 - s)
-    elif NAME == "relu":
-        d = tl.where(x <= 0, 0.0, 1.0)
-    else:
-        d = tl.where(x <= 0, 0, 2 * x)
-    return d
-
-
-@triton.jit
-def block(N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows (ROWS, 1) and columns (1, BLOCK) of this program as int64, and which numbers exist."""
-    across = tl.cdiv(C, BLOCK)
-    rows = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return rows, columns, (rows < N) & (columns < C)
-
-
-@triton.jit
-def forward_kernel(
-    gate, up, scale, bias, y, N, C, gate_row, up_row, NAME: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """ROWS rows by BLOCK columns a program. Rows of gate and up lie gate_row and up_row numbers apart, those of y C."""
-    rows, columns, inside = block(N, C, ROWS, BLOCK)
-    out = value_of(tl.load(gate + rows * gate_row + columns, inside, 0).to(tl.float32), NAME)
-    if up is not None:
-        out *= tl.load(up + rows * up_row + columns, inside, 0).to(tl.float32)
-    if scale is not None:
-        out = out * tl.load(scale).to(tl.float32) + tl.load(bias).to(tl.float32)
-    tl.store(y + rows * C + columns, out, inside)
-
-
-@triton.jit
-def backward_kernel(
-    dy, gate, up, scale, dgate, dup, sums, N, C, gate_row, up_row, d_row,
-    NAME: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of dgate and dup lie d_row numbers apart. sums gets each program's share of the gradients of scale and bias."""
-    rows, columns, inside = block(N, C, ROWS, BLOCK)
-    d = tl.load(dy + rows * C + columns, inside, 0).to(tl.float32)
-    x = tl.load(gate + rows * gate_row + columns, inside, 0).to(tl.float32)
-    if up is not None:
-        tl.store(dup + rows * d_row + columns, d * value_of(x, NAME), inside)
-        d *= tl.load(up + rows * up_row + columns, inside, 0).to(tl.float32)
-    if scale is not None:
-        at = sums + tl.program_id(0) * 2
-        tl.store(at, tl.sum(tl.sum(d * value_of(x, NAME), 1), 0))
-        tl.store(at + 1, tl.sum(tl.sum(d, 1), 0))
-        d *= tl.load(scale).to(tl.float32)
-    tl.store(dgate + rows * d_row + columns, d * slope_of(x, NAME), inside)
-
-
-def by_rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
-    """The tensors as rows of numbers that lie together, their distances, and N and C. One row if nothing lies between."""
-    if all(t.is_contiguous() for t in tensors):
-        return list(tensors), [0] * len(tensors), 1, tensors[0].numel()
-    C = tensors[0].shape[-1]
-    made = [t.reshape(-1, C) for t in tensors]
-    made = [t if t.stride(1) == 1 else t.contiguous() for t in made]
-    return made, [t.stride(0) for t in made], made[0].shape[0], C
-
-
-def blocks(N: int, C: int) -> tuple[tuple[int], dict]:
-    """The grid, and rows and columns of a program: up to 2048 numbers together."""
-    block = min(2048 if N == 1 else 1024, power_of_2(C))
-    rows = min(2048 // block, power_of_2(N))
-    return (-(-N // rows) * -(-C // block),), dict(ROWS=rows, BLOCK=block, num_warps=4)
 
 
 def value(x: Tensor, activation: str) -> Tensor:

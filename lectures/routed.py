@@ -15,7 +15,7 @@ import torch
 
 from lectures.twins import DENSE, compute, learn, made, whole_numbers
 from models import LanguageModel
-from models.config import Parser
+from models.config import Parser, status_of
 from models.laws.routed import RoutedLaw, fit
 from models.machine import tune_cpu
 from nn.checks import at_least
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     number("--words", default=64, help="it is written in [%(default)s]")
     number("--seed", default=0, help="of the book, weights and batches [%(default)s]")
     args = parser.parse_args(argv)
-    try:
+
+    def compare() -> None:
         sizes, experts = whole_numbers("sizes", args.sizes), whole_numbers("experts", args.experts)
         at_least(1, steps=args.steps, chapters=args.chapters, words=args.words)
         at_least(0, seed=args.seed)
@@ -150,10 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         book = Chapters(args.chapters, args.words, seed=args.seed)
         print(f"{book.chapters} chapters, {book.floor:.3f} nats a word that nobody can do without, {args.steps} steps")
         show_laws(routed_runs(book, sizes, experts, tuple(args.routers.split(",")), steps=args.steps, seed=args.seed))
-    except ValueError as error:
-        print(f"lectures.routed: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return status_of("lectures.routed", compare)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from data import Loader, load, load_tokenizer, training_documents, windows
+from data import Loader, load, open_text, windows
 from models import Config, LanguageModel, build_model
 from models.auxiliary import after_step
-from models.config import Parser, numbers
+from models.config import Parser, numbers, status_of
 from models.describe import active, training_flops
 from models.laws.speedup import speedup
 from models.machine import autocast, choose_device, choose_dtype, tune_cpu
@@ -103,8 +103,8 @@ def factors(dense: dict[int, Run], mixtures: dict[int, Run], kind: str, tokens: 
 def twins(args: Namespace) -> None:
     """Print what the pairs say, one after the other, and the speed-up factors of the mixtures."""
     dtype = choose_dtype("auto", choose_device("cpu"))
-    tokenizer = load_tokenizer("bpe", texts=lambda: (d.text for d in training_documents(args.data)), vocab_size=args.vocab_size)
-    texts = {"own": load(args.data, tokenizer), "other": load(args.other or str(headers()), tokenizer)}
+    tokenizer, *own = open_text(args.data, vocab_size=args.vocab_size)
+    texts = {"own": own, "other": load(args.other or str(headers()), tokenizer)}
     shape = dict(seq_len=args.seq_len, batch_size=args.batch_size)
     tokens = args.steps * args.seq_len * args.batch_size
 
@@ -159,17 +159,16 @@ def main(argv: list[str] | None = None) -> int:
     number("--eval-tokens", default=131072, help="tokens that judge [%(default)s]")
     number("--seed", default=0, help="of weights and batches [%(default)s]")
     args = parser.parse_args(argv)
-    try:
+
+    def compare() -> None:
         args.sizes, args.more = whole_numbers("sizes", args.sizes), whole_numbers("more", args.more)
         least = dict(steps=1, tune=0, depth=1, seq_len=2, batch_size=1, eval_tokens=1, seed=0)
         for name, value in least.items():
             at_least(value, **{name: getattr(args, name)})
         tune_cpu()
         twins(args)
-    except ValueError as error:
-        print(f"lectures.twins: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return status_of("lectures.twins", compare)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
@@ -134,6 +136,16 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         hint = nearest(unknown.split("=")[0].partition(" ")[0], flags) if unknown != message else ""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}{hint}\n")
+
+
+def status_of(name: str, act: Callable[[], None]) -> int:
+    """Do it: 0, or after a ValueError 2, which is told in one line."""
+    try:
+        act()
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

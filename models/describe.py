@@ -146,12 +146,9 @@ def planned(config: Config, rows: int, micro_batches: int, zero: int, hardware: 
 
     ValueError for what the mesh cannot share out.
     """
-    from models.parallel import check
     from models.parts import parts_of  # which counts with what stands above
-    from models.weights import skeleton
 
     sizes = parse_mesh(config.mesh)
-    check(sizes, False, skeleton(config))
     run = Run(sizes, config.dim, config.seq_len, rows, micro_batches, zero, config.backprop.partition(":")[0], config.offload)
     parts = parts_of(config, sizes)
     stages = plan(parts, run)

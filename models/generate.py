@@ -101,6 +101,14 @@ def spoken(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
     yield characters.decode(b"", final=True)
 
 
+def sample(model: LanguageModel, tokenizer: Any, *, new_tokens: int, sampler: Sampler) -> str:
+    """A text that the model makes up, up to its end or to `new_tokens`, or to as many as it has positions for."""
+    prompt = torch.tensor([[tokenizer.eot]], device=model.head.weight.device)
+    length = min(new_tokens, model.position.max_len or new_tokens)
+    tokens = generate(model, prompt, new_tokens=length, sampler=sampler, stop=tokenizer.eot)
+    return "".join(spoken((token.item() for token in tokens), tokenizer))
+
+
 def fastest(model: LanguageModel, prompt: Tensor, *, new_tokens: int, repeats: int) -> dict[str, float]:
     """Tokens a second of reading a prompt (B, T), `prefill`, and of writing after it, `decode`: the best of some repeats."""
     best = {"prefill": 0.0, "decode": 0.0}

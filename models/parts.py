@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from models.config import Config
 from models.describe import kept_bytes, linear_flops
 from models.language_model import LanguageModel
+from models.parallel import check as check_mesh
 from models.plan import ACTIVATION, Part
 from models.residual import Residual
+from models.weights import skeleton
 from nn.attention.gqa import GQA
 from nn.attention.mhe import MHE
 from nn.attention.mla import MLA
@@ -29,8 +31,8 @@ from nn.ssm.mamba2 import Mamba2
 
 def parts_of(config: Config, sizes: dict[str, int]) -> list[Part]:
     """Embedding, sublayers and head of a model for a mesh with these sizes. ValueError where they cannot share it out."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = skeleton(config)
+    check_mesh(sizes, False, model)
     *kept, rest = kept_bytes(replace(config, backprop="plain"), config.seq_len, torch.bfloat16)
     heads, seen = heads_of(model), set()
     layers = [sublayer_part(s, own, heads, config, sizes, seen) for s, own in zip(model.stack, kept, strict=True)]

@@ -1,15 +1,19 @@
-"""The checkpoints of a run, written by its processes together, and behind the run's back if that is asked."""
+"""The checkpoints of a run, written by its processes together, behind the run's back if that is asked; and read back."""
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from models.checkpoint import begin, complete, digest, write_tensors
-from models.sharded import write_parts
+from models.checkpoint import begin, complete, digest, read_json, read_tensors, write_tensors
+from models.machine import set_generators
+from models.sharded import on_meta, read_parts, write_parts
+from models.weights import tensors_of
 
 
 class Saver:
@@ -90,3 +94,17 @@ class Saver:
         finally:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def restore(folder: Path, state: Any, loader: Any, scaler: Any) -> tuple[int, float]:
+    """Put a RunState, a loader, a LossScale and PyTorch's generators back as a checkpoint has them; weights are not read.
+
+    The step and the seconds of training so far. ValueError naming what is missing, damaged or of another optimizer.
+    """
+    progress = read_json(folder / "progress.json")
+    there = tensors_of(folder, "optimizer") if state.is_whole else on_meta(folder, "optimizer")
+    state.load_optimizer(progress["optimizer"], there, partial(read_parts, folder))
+    loader.load_state_dict(progress["loader"])
+    scaler.load_state_dict(progress["scaler"])
+    set_generators(read_tensors(folder / "generators.safetensors"))
+    return progress["step"], progress["elapsed"]

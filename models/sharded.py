@@ -5,6 +5,7 @@ parts it holds, whose header tells where in the whole tensor each begins; a read
 way. What several processes hold is written by one. No process ever has the whole, and no file is pickled.
 """
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -80,8 +81,7 @@ def read_all(folder: Path, kind: str = "") -> dict[str, Tensor]:
 
 
 def first_cause(error: BaseException, folder: Path) -> OSError:
-    """What went wrong on the first of the processes on which something did, as an OSError."""
+    """What went wrong on the first of the processes on which something did."""
     cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, OSError):
-        return OSError(cause.errno, cause.strerror or str(cause), str(cause.filename or folder))
-    raise error
+    told = cause if isinstance(cause, OSError) else OSError(errno.EIO, f"{type(cause).__name__}: {cause}")
+    return OSError(told.errno, told.strerror or str(told), str(told.filename or folder))

@@ -1,0 +1,22 @@
+"""A text to learn: its tokenizer, and its tokens for training and for validation."""
+
+from pathlib import Path
+
+from data.corpus import training_documents
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokens import Tokens, load
+
+
+def open_text(
+    spec: str, *, val_spec: str = "", tokenizer: str = "bpe", vocab_size: int, saved: Path | None = None
+) -> tuple[Tokenizer, Tokens, Tokens]:
+    """The tokenizer in the folder `saved`, or else the one that `tokenizer` names ("bpe" learns from the text); and tokens.
+
+    `spec` and `val_spec` are as --data and --val-data have them, "" a share of `spec`. ValueError for what cannot be read.
+    """
+
+    def texts():
+        return (document.text for document in training_documents(spec, val_spec or None))
+
+    made = Tokenizer.load(saved) if saved else load_tokenizer(tokenizer, texts=texts, vocab_size=vocab_size)
+    return made, *load(spec, made, val_spec=val_spec or None)
