@@ -31,16 +31,11 @@ def cut_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that all processes have, cut as `like` is."""
-    return local(cut_as(x, like)) if isinstance(like, DTensor) else x
-
-
-def cut_as(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all processes have, cut as `like` is: a DTensor if that is one, on its device."""
-    x = x.to(local(like).device)
+    """This process's part of a tensor that all processes have, cut as `like` is, on its device."""
     if not isinstance(like, DTensor):
-        return x.clone()
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+        return x
+    x = x.to(local(like).device)
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def cuts(x: Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -55,7 +55,7 @@ class Spread:
         check(sizes, forward is not None and forward is not model, model)
         schedule = build(pipeline, PIPELINES, "pipeline")
         self.model, self.sizes, self.autocast, self.forward = model, sizes, autocast, forward or model
-        self.rank, self.pipeline = 0, None
+        self.pipeline = None
         self.device = device = torch.device(device)
         device_type = device.type
         pp, dp, ep, fsdp, ring, ulysses, tp = (sizes[name] for name in ("pp", "dp", "ep", "fsdp", "ring", "ulysses", "tp"))
@@ -64,7 +64,6 @@ class Spread:
             return
         if device_type != "cpu" and any(isinstance(module, HostLinear) for module in model.modules()):
             raise ValueError("mesh: experts on the host (moe:host=true) visit one device; with several, ep shares them out")
-        self.rank = dist.get_rank()
         shape, names = (pp, dp * ep, fsdp * ring * ulysses, tp), ("pp", "copies", "shards", "tp")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
         self.stage, self.tensor, data = mesh["pp"], mesh["tp"], mesh["copies", "shards"]

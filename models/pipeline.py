@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from kernels.shards import local
 from models.auxiliary import auxiliary_loss
@@ -171,14 +170,7 @@ class Pipeline:
             fills = zip(portion, (0, IGNORED, 0), strict=False)
             filled = [torch.cat([x, x.new_full((missing, *x.shape[1:]), fill)]) for x, fill in fills]
             total = total + self.run(self.schedule.eval, *filled, *[None] * (documents is None), 1.0)
-        self.let_go()
         return total
-
-    def let_go(self) -> None:
-        """Of gathered weights a rank keeps its share: a schedule without backward passes leaves that to others."""
-        for module in (module for stage in self.stages for module in stage.modules()):
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def run(self, act: Callable, inputs: Tensor, targets: Tensor, documents: Tensor | None, scale: float) -> Tensor:
         losses = []

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nn.norm import FakeNorm, LayerNorm, PowerNorm, UnifiedNorm
+from nn.norm.affine import affine, exactly
 from nn.norm.unified_norm import geometric_mean, mean_gap
 
 DIM, STEPS = 5, 12
@@ -208,3 +209,13 @@ def test_linear_form(make):
         norm.remove()
     matrix, bias = norm.eval().linear_form()
     torch.testing.assert_close(norm(x), x @ matrix.T + bias, rtol=1e-12, atol=1e-12)
+
+
+def test_gain_and_bias_are_applied_before_the_one_rounding():
+    """In bfloat16, 1 + 1/256 is halfway between two numbers: rounded after the gain it would be 1, and the bias lost."""
+    x, gain, bias = (torch.tensor([value], dtype=torch.bfloat16) for value in (1.0, 1.0, 2.0**-8))
+    assert exactly(x).dtype == torch.float32 and exactly(x.double()).dtype == torch.float64
+    y = affine(exactly(x) + 2.0**-9, gain, bias, torch.bfloat16)
+    assert y.dtype == torch.bfloat16 and y.item() == 1 + 2.0**-7
+    assert affine(exactly(x), None, bias.double(), torch.float64).item() == 1 + 2.0**-8
+    assert affine(exactly(x), 3 * gain, None, torch.float32).item() == 3
