@@ -272,7 +272,6 @@ def train(config: Config, resumed: Path | None) -> int:
     elif rank == 0 and model.causal:
         sampler = Sampler(temperature=0.8, top_p=0.95, seed=config.seed)
         print(sample(model, tokenizer, new_tokens=config.sample, sampler=sampler))
-    leave_processes(world)
     return 0
 
 
@@ -296,4 +295,4 @@ def build_optimizer(config: Config, model: LanguageModel) -> Combined:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_processes(main())

@@ -1,8 +1,10 @@
 """The processes of a run: joining them, leaving them, agreeing among them. With a single process nothing is done."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,10 +32,20 @@ def lost_touch(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in words or "onnection reset" in words or "roken pipe" in words
 
 
-def leave_processes(world: int) -> None:
-    if world > 1:
+def leave_processes(status: int = 0) -> NoReturn:
+    """`sys.exit(status)`, after whose success the processes part together.
+
+    One of several ends without taking its interpreter apart: gloo's threads may still be letting go of tensors, and one that
+    finds no interpreter to tell aborts the process (PyTorch 2.13, "terminate called without an active exception").
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    if status == 0:
         dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

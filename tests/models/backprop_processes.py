@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.backprop.carry import carry_of
 from nn.context import Context
+from optim.parallel.processes import leave_processes
 from tests.models.drawn import drawn
 
 STACK = "gqa:kv_heads=1:window=7 swiglu:width=24 mamba2:state=4 moe:experts=3:width=10:scope={} gqa+mlp gqa mlp"
@@ -57,5 +58,4 @@ if __name__ == "__main__":
         check(spec, wrapping, rank, world)
         if rank == 0:
             print(words, flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

@@ -19,6 +19,7 @@ from nn.parallel.collectives import sent
 from nn.parallel.mesh import parse_mesh, sizes_of
 from nn.parallel.mixers import share_sequence
 from nn.parallel.tensor import share_layers
+from optim.parallel.processes import leave_processes
 from tests.models.counted import Counted
 
 NAMES = {"all-gather": "gather", "reduce-scatter": "scatter_sum", "all-to-all": "exchange", "send": "pass"}
@@ -116,5 +117,4 @@ def say(line: str) -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     dict(layers=layers, meshes=meshes)[sys.argv[1]]()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

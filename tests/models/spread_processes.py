@@ -23,6 +23,7 @@ from models.sharded import kind_of, on_meta, read_all, read_parts
 from models.weights import fill, save_config, skeleton, tensors_of
 from nn.parallel.mesh import share_of_rows, sizes_of
 from optim import AdamW, Combined, Muon, by_parts, split_parameters
+from optim.parallel.processes import leave_processes
 from optim.parallel.run_state import RunState
 
 SMALL = dict(dim=32, depth=2, heads=4, vocab_size=50, seq_len=16, stem="", init="gpt2", norm="rmsnorm")
@@ -216,5 +217,4 @@ if __name__ == "__main__":
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             if rank == 0:
                 print(f"{words} {name} {worst.item():.1e}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

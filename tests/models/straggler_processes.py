@@ -35,7 +35,7 @@ def main(folder: str, *ways: str) -> None:
     stragglers.EVERY, stragglers.SLOW = 4, 3  # sleeping takes ten times as long; what else the machine does, up to 1.6 times
     joined = processes.join_processes()  # once: the runs follow each other in the same processes
     where = dict(none=None, loader=(Loader, "__next__"), layer=(MLP, "forward"), mixer=(GQA, "forward"))
-    with patch.object(train, "join_processes", lambda: joined), patch.object(train, "leave_processes", lambda _: None):
+    with patch.object(train, "join_processes", lambda: joined):
         for number, way in enumerate(ways):
             what, _, mesh = way.partition("=")
             flags = [*TINY, "--data", f"{folder}/text", "--mesh", mesh, "--out", f"{folder}/{number}"]
@@ -45,7 +45,7 @@ def main(folder: str, *ways: str) -> None:
                 changed = patch.object(stragglers.OwnTime.__init__, "__defaults__", (time.thread_time,))
             with changed:
                 assert train.main(flags) == 0, way
-    processes.leave_processes(joined[1])
+    processes.leave_processes()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from models.stack import FFNS
 from nn.context import Context
 from nn.moe.expert_parallel import share_experts
 from nn.spec import build
+from optim.parallel.processes import leave_processes
 
 DIM, TOKENS = 12, 20
 
@@ -81,5 +82,4 @@ if __name__ == "__main__":
     except ValueError as error:
         if rank == 0:
             print(f"refused: {error}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

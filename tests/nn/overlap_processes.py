@@ -14,6 +14,7 @@ from kernels.shards import cuts, local
 from models import Config, build_model
 from nn.parallel.collectives import sent, waited
 from nn.parallel.tensor import share_layers
+from optim.parallel.processes import leave_processes
 
 TINY = dict(vocab_size=50, dim=32, heads=4, depth=2, seq_len=16, norm="rmsnorm", init="gpt2", stem="")
 MODELS = {
@@ -75,5 +76,4 @@ def clock() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     clock()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

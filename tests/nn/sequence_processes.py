@@ -14,6 +14,7 @@ from nn.parallel import collectives
 from nn.parallel.mixers import share_sequence
 from nn.parallel.sequence import Sequence
 from nn.parallel.ulysses import Shares
+from optim.parallel.processes import leave_processes
 from tests.nn.overlap_processes import check_overlap
 
 B, T, V = 2, 48, 30
@@ -166,5 +167,4 @@ if __name__ == "__main__":
         print("\n".join(mistakes()), flush=True)
     else:
         mistakes()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

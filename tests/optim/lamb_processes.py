@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from kernels.shards import local
 from optim import Lamb, SparseAdamW
 from optim.lamb import lengths
+from optim.parallel.processes import leave_processes
 
 KINDS = [
     ((6, 5), Shard(0)),
@@ -51,5 +52,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     compare(Lamb)
     compare(SparseAdamW)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from models.sharded import read_all
 from nn.parallel.mesh import sizes_of
 from optim import AdamW, Combined, Lamb, Muon, by_parts, split_parameters
+from optim.parallel.processes import leave_processes
 from tests.models.spread_processes import Run
 
 OTHER = {"fsdp=2": "tp=2", "tp=2": "pp=2"}  # where a run goes on
@@ -52,5 +53,4 @@ if __name__ == "__main__":
         compare(mesh)
         if dist.get_rank() == 0:
             print(f"{mesh}: equal", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import Config, LanguageModel, build_model
 from optim import AdamW
+from optim.parallel.processes import leave_processes
 from optim.parallel.zero import Zero
 
 STEPS = 10
@@ -116,5 +117,4 @@ if __name__ == "__main__":
         check("gqa", (1, 2, 3), rank, world)
     if rank == 0:
         print(f"{world} ranks", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
