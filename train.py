@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         if not lost_touch(error):
             raise
         print(f"train.py: process {os.environ['RANK']} lost touch with another, which torchrun names", file=sys.stderr)
+        time.sleep(2.0)  # it names whom it finds gone first, and looks ten times a second
         return 1
     except KeyboardInterrupt:
         return 130

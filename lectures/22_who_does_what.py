@@ -10,12 +10,12 @@
 
 # %%
 import itertools
-import random
 
 import lectern
 import matplotlib.pyplot as plt
 import torch
 
+from lectures.two_kinds import T, held_out, rows, sentences, sums
 from models import Config, build_model
 from models.auxiliary import after_step
 from models.extract_domain import extract
@@ -30,7 +30,7 @@ from optim import AdamW, Combined, SparseAdamW
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-E, K, T = 8, 2, 32
+E, K = 8, 2
 
 # %% [markdown]
 # ## A mixture by hand
@@ -81,35 +81,10 @@ assert abs(balance(even, even[None]) - 1) < 1e-6 and balance(one, one[None]) == 
 # %% [markdown]
 # ## Two kinds of text
 #
-# Sums, and sentences of a few words: one byte a token. A model of one layer of attention and one mixture learns both.
+# Sums, and sentences of a few words: one byte a token (`lectures/two_kinds.py`). A model of one layer of attention and one
+# mixture learns both.
 
 # %%
-WORDS = "the cat sat on a mat and saw red birds near old trees while rain fell over green hills".split()
-
-
-def sums(rng: random.Random) -> str:
-    a, b = rng.randint(0, 99), rng.randint(0, 99)
-    return f"{a}+{b}={a + b}; "
-
-
-def sentences(rng: random.Random) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(5)) + ". "
-
-
-def text(kind, many: int, seed: int) -> torch.Tensor:
-    rng = random.Random(seed)
-    pieces = "".join(kind(rng) for _ in range(many // 5))
-    return torch.tensor(list(pieces[:many].encode()))
-
-
-def rows(kind, many: int, seed: int):
-    """Batches of `many` rows of T + 1 tokens, without end."""
-    tokens, generator = text(kind, 40_000, seed), torch.Generator().manual_seed(seed)
-    while True:
-        places = torch.randint(len(tokens) - T, (many,), generator=generator)
-        yield torch.stack([tokens[i : i + T + 1] for i in places])
-
-
 def train(ffn: str, *, together: bool = True, steps: int = 200, depth: int = 1):
     """A model that has learned from both kinds, `together` in one batch or each in a part of the step by itself."""
     config = Config.of(stem="", mixer="gqa", ffn=f"{ffn}:width=24:z=0", depth=depth, dim=48, heads=2, vocab_size=128, seq_len=T)
@@ -124,7 +99,7 @@ def train(ffn: str, *, together: bool = True, steps: int = 200, depth: int = 1):
     return model.eval()
 
 
-HELD = [text(kind, 150 * (T + 1), 99).view(-1, T + 1) for kind in (sums, sentences)]
+HELD = held_out()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ RANK=0 STORE=/tmp/store python -m tests.optim.leaving_processes
 import os
 import sys
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -24,5 +25,6 @@ if __name__ == "__main__":
         while time.perf_counter() < end:
             pass
     else:
-        dist.all_reduce(torch.zeros(4))
+        with suppress(RuntimeError):  # on a busy machine the first may be gone by now
+            dist.all_reduce(torch.zeros(4))
     leave_processes(3 + rank)
