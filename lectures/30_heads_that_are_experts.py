@@ -54,6 +54,18 @@ gates = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-
 by_hand = (torch.stack(said, -1) @ gates[..., None])[..., 0]
 print(f"largest difference from the layer: {(moa(x, context) - by_hand).abs().max():.0e}")
 assert torch.allclose(moa(x, context), by_hand, rtol=1e-10, atol=1e-12)
+assert moa.routing.experts.shape == (B * T, A) and torch.allclose(gates.sum(-1), torch.ones(B, T).double())
+assert moa.key.weight.numel() == 2 * 4 * C  # no axis of experts
+
+# %% [markdown]
+# Gates add up to one, so that eight equal experts are one attention layer, whoever is asked.
+
+# %%
+for part in (moa.query, moa.out):
+    part.weight.data[:] = part.weight.data[:1].clone()
+alone.query.weight.data, alone.out.weight.data = moa.query.weight.data[0], moa.out.weight.data[0]
+print(f"equal experts are off one layer by {(moa(x, context) - alone(x, context)).abs().max():.0e}")
+assert torch.allclose(moa(x, context), alone(x, context), rtol=1e-10, atol=1e-12)
 
 # %% [markdown]
 # ## What writing keeps
@@ -70,7 +82,8 @@ for many in (2, 8, 32):
     KEPT[many] = sum(p.numel() for p in layer.parameters()), active(layer), state
     print(f"{many:>8} {KEPT[many][0]:>11,} {KEPT[many][1]:>11,} {state:>21,}")
     assert layer.init_state(1, T, dtype=torch.float32).keys.nbytes * 2 == T * state
-assert len({state for *_, state in KEPT.values()}) == 1 and KEPT[32][0] > 10 * KEPT[2][0]
+assert {state for *_, state in KEPT.values()} == {GQA(64, heads=2, head_dim=16).state_bytes(1, 1, torch.float32)}
+assert KEPT[32][0] > 10 * KEPT[2][0]
 assert KEPT[32][1] - KEPT[2][1] == 30 * 64  # the router's rows alone
 
 # %% [markdown]
@@ -129,8 +142,9 @@ for name, spec in MODELS.items():
     FIRST[name] = models[0]
     ROUTERS[name] = sum(p.numel() for n, p in models[0].named_parameters() if ".router." in n)
     whole = sum(p.numel() for p in models[0].parameters())
-    nats = " ".join(f"{judged(model):>6.3f}" for model in models)
-    print(f"{name:>18} {whole:>11,} {active(models[0]):>11,} {nats}")
+    nats = [judged(model) for model in models]
+    print(f"{name:>18} {whole:>11,} {active(models[0]):>11,} " + " ".join(f"{one:>6.3f}" for one in nats))
+    assert max(nats) < 2.0  # of 4.85 at first
 assert len({active(model) - ROUTERS[name] for name, model in FIRST.items()}) == 1
 
 # %% [markdown]
