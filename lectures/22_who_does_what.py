@@ -15,9 +15,8 @@ import lectern
 import matplotlib.pyplot as plt
 import torch
 
-from lectures.two_kinds import T, held_out, rows, sentences, sums
+from lectures.two_kinds import T, held_out, learned, nats_a_token, rows, sentences, sums
 from models import Config, build_model
-from models.auxiliary import after_step
 from models.extract_domain import extract
 from models.probe_experts import entropy, expert_loads, specialisation
 from models.stack import FFNS
@@ -88,15 +87,7 @@ assert abs(balance(even, even[None]) - 1) < 1e-6 and balance(one, one[None]) == 
 def train(ffn: str, *, together: bool = True, steps: int = 200, depth: int = 1):
     """A model that has learned from both kinds, `together` in one batch or each in a part of the step by itself."""
     config = Config.of(stem="", mixer="gqa", ffn=f"{ffn}:width=24:z=0", depth=depth, dim=48, heads=2, vocab_size=128, seq_len=T)
-    model = build_model(config)
-    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    for pair in itertools.islice(zip(rows(sums, 8, 1), rows(sentences, 8, 2), strict=True), steps):
-        for part in [torch.cat(pair)] if together else pair:
-            (model(part[:, :-1], part[:, 1:]) / (16 * T)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step(model)
-    return model.eval()
+    return learned(build_model(config), steps, together=together)
 
 
 HELD = held_out()
@@ -105,8 +96,7 @@ HELD = held_out()
 @torch.no_grad()
 def judged(model) -> tuple[float, torch.Tensor]:
     """Nats a token over both kinds, and the loads (kinds, layers, E)."""
-    nats = sum(model(held[:, :-1], held[:, 1:]).item() for held in HELD) / sum(held[:, 1:].numel() for held in HELD)
-    return nats, torch.stack([expert_loads(model, [(held[:, :-1],)]) for held in HELD])
+    return nats_a_token(model), torch.stack([expert_loads(model, [(held[:, :-1],)]) for held in HELD])
 
 
 # %% [markdown]

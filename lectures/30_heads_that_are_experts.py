@@ -10,15 +10,12 @@
 # Letters: B rows, T tokens a row, E experts, A choices a token, C width.
 
 # %%
-import itertools
-
 import lectern
 import matplotlib.pyplot as plt
 import torch
 
-from lectures.two_kinds import KINDS, T, held_out, rows
+from lectures.two_kinds import KINDS, T, held_out, learned, nats_a_token
 from models import Config, build_model
-from models.auxiliary import after_step
 from models.describe import active
 from models.presets import PRESETS
 from models.probe_experts import entropy, expert_loads, specialisation
@@ -26,7 +23,6 @@ from models.stack import MIXERS
 from nn.attention import GQA
 from nn.context import Context
 from nn.spec import build
-from optim import AdamW
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -112,27 +108,10 @@ MODELS = {
 }
 
 
-def train(mixer: str, ffn: str, seed: int, steps: int = 200):
+def train(mixer: str, ffn: str, seed: int):
     torch.manual_seed(seed)
-    model = build_model(Config.of(stem="", mixer=mixer, ffn=ffn, depth=1, dim=48, vocab_size=128, seq_len=T))
-    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    both = zip(*(rows(kind, 8, 10 * seed + number) for number, kind in enumerate(KINDS)), strict=True)
-    for pair in itertools.islice(both, steps):
-        part = torch.cat(pair)
-        (model(part[:, :-1], part[:, 1:]) / (16 * T)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step(model)
-    return model.eval()
-
-
-HELD = held_out()
-
-
-@torch.no_grad()
-def judged(model) -> float:
-    """Nats a token over both kinds."""
-    return sum(model(h[:, :-1], h[:, 1:]).item() for h in HELD) / sum(h[:, 1:].numel() for h in HELD)
+    config = Config.of(stem="", mixer=mixer, ffn=ffn, depth=1, dim=48, vocab_size=128, seq_len=T)
+    return learned(build_model(config), 200, seed=10 * seed)
 
 
 print(f"{'experts are':>18} {'parameters':>11} {'of a token':>11} {'nats a token':>13}")
@@ -142,7 +121,7 @@ for name, spec in MODELS.items():
     FIRST[name] = models[0]
     ROUTERS[name] = sum(p.numel() for n, p in models[0].named_parameters() if ".router." in n)
     whole = sum(p.numel() for p in models[0].parameters())
-    nats = [judged(model) for model in models]
+    nats = [nats_a_token(model) for model in models]
     print(f"{name:>18} {whole:>11,} {active(models[0]):>11,} " + " ".join(f"{one:>6.3f}" for one in nats))
     assert max(nats) < 2.0  # of 4.85 at first
 assert len({active(model) - ROUTERS[name] for name, model in FIRST.items()}) == 1
@@ -156,7 +135,7 @@ assert len({active(model) - ROUTERS[name] for name, model in FIRST.items()}) == 
 # %%
 TOLD = {}
 for name in ("neurons", "neurons and heads"):
-    loads = torch.stack([expert_loads(FIRST[name], [(h[:, :-1],)]) for h in HELD])  # (kinds, mixtures, E)
+    loads = torch.stack([expert_loads(FIRST[name], [(h[:, :-1],)]) for h in held_out()])  # (kinds, mixtures, E)
     layers = ("heads", "neurons")[-loads.shape[1] :]
     for number, (what, told) in enumerate(zip(layers, specialisation(loads).tolist(), strict=True)):
         TOLD[f"{what} of '{name}'"] = told, loads[:, number] / loads[:, number].sum(-1, keepdim=True)
