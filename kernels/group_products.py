@@ -1,12 +1,13 @@
-"""The PyTorch path of kernels/grouped_matmul.py: a loop over the groups, which go through all they need one after the other.
+"""The PyTorch path of kernels/grouped_matmul.py: rows are brought into the order of their groups; a loop goes through these.
 
-So what a group reads and writes stays in the cache. PyTorch's own grouped_mm loops too on a CPU, and takes neither float64
-nor odd widths.
+PyTorch's own grouped_mm loops too on a CPU, and takes neither float64 nor odd widths.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.launch import Function
 
 # M rows, K numbers of a row of x, N numbers of a row of y, G groups
 
@@ -21,18 +22,15 @@ def rounded(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // unit) * unit
 
 
-def rows_of(x: Tensor, places: Tensor | None, begin: int, end: int, limit: int) -> Tensor:
-    """The rows of a group, where `places` are (as they stand, if None), and as many of the next groups', which end at `limit`,
-    as make them `rounded`; rows of 0 where there are too few. With a limit of 0: rows of 0 in any case.
+def rows_of(x: Tensor, begin: int, end: int, *, alone: bool = False) -> Tensor:
+    """The rows of a group and as many of those behind as make them `rounded`; rows of 0 in their place where there are none,
+    or where those of the group are to stand `alone`.
     """
     last = begin + rounded(end - begin, x.dtype)
-    if last <= limit or last == end:
-        return x[begin:last] if places is None else x.index_select(0, places[begin:last])
+    if last == end or not alone and last <= len(x):
+        return x[begin:last]
     rows = x.new_empty(last - begin, x.shape[1])
-    if places is None:
-        rows[: end - begin] = x[begin:end]
-    else:
-        torch.index_select(x, 0, places[begin:end], out=rows[: end - begin])
+    rows[: end - begin] = x[begin:end]
     rows[end - begin :] = 0
     return rows
 
@@ -43,74 +41,92 @@ def slack(rows: int) -> int:
 
 
 @torch.library.custom_op("rosetta::products", mutates_args=())
-def products(x: Tensor, weight: Tensor, ends: Tensor, places: Tensor | None) -> Tensor:
-    """Row m of x, or x[places[m]], times the matrix of its group: (M, N), rows beyond the groups 0."""
-    M, begin = len(x) if places is None else len(places), 0
+def products(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each row of x (M, K) times the matrix of its group: (M, N), rows beyond the groups 0."""
+    M, begin = len(x), 0
     y = x.new_empty(M + slack(M), weight.shape[1])
-    for group, end in enumerate(bounds := ends.tolist()):
+    for matrix, end in zip(weight.mT.unbind(), ends.tolist(), strict=True):
         if end > begin:
-            rows = rows_of(x, places, begin, end, bounds[-1])
-            torch.mm(rows, weight[group].T, out=y[begin : begin + len(rows)])  # rows of the next groups too, written anew
+            rows = rows_of(x, begin, end)
+            torch.mm(rows, matrix, out=y[begin : begin + len(rows)])  # rows of the next groups too, written anew
         begin = end
     y[begin:].zero_()
     return y[:M]
 
 
 @products.register_fake
-def _(x, weight, ends, places):
-    return x.new_empty(x.shape[0] if places is None else places.shape[0], weight.shape[1])
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("rosetta::products_backward", mutates_args=())
 def products_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor, places: Tensor | None, targets: Tensor | None,
-    scale: Tensor | None, said: Tensor | None, need_x: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the rows (M, K) as they are multiplied, of weight (G, N, K) and of scale (M,).
-
-    Row m gave `said[m]` to row targets[m] of what dy is the gradient of, `scale[m]` times.
-    """
-    (M, begin), (G, N, K) = (len(x) if places is None else len(places), 0), weight.shape
-    drows = x.new_empty(M + slack(M) if need_x else 0, K)
-    dweight = x.new_empty(G if need_weight else 0, N, K)
-    dscale = x.new_zeros(0) if scale is None else torch.zeros_like(scale)
-    for group, end in enumerate(bounds := ends.tolist()):
-        grad = rows_of(dy, targets, begin, end, 0 if need_weight else bounds[-1])  # a sum over rows: over its own
-        if scale is not None and end > begin:
-            wide = grad.to(scale.dtype, copy=True)
-            own = wide[: end - begin]
-            dscale[begin:end] = torch.einsum("mn,mn->m", own, said[begin:end].to(wide.dtype))
-            own.mul_(scale[begin:end, None])
-            grad = wide.to(dy.dtype)
+    dy: Tensor, x: Tensor, weight: Tensor, ends: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (M, K) and weight (G, N, K), of no rows and no groups where they are not needed."""
+    M, begin = len(x), 0
+    dx = x.new_empty(M + slack(M) if need_x else 0, x.shape[1])
+    dweight = torch.empty_like(weight if need_weight else weight[:0], memory_format=torch.contiguous_format)
+    wide = dy.shape[1] > x.shape[1]  # of two copies, the smaller
+    for group, end in enumerate(ends.tolist()):
+        grad = rows_of(dy, begin, end, alone=need_weight and not wide)
         if need_x and end > begin:
-            torch.mm(grad, weight[group], out=drows[begin : begin + len(grad)])
-        if need_weight:
-            torch.mm(grad.T, rows_of(x, places, begin, end, bounds[-1]), out=dweight[group])
+            torch.mm(grad, weight[group], out=dx[begin : begin + len(grad)])
+        if need_weight:  # a sum over rows: in one of the two, the narrower, those of other groups are 0
+            torch.mm(grad.T, rows_of(x, begin, end, alone=wide), out=dweight[group])
         begin = end
-    drows[begin:].zero_()
-    return drows[:M], dweight, dscale
+    dx[begin:].zero_()
+    return dx[:M], dweight
 
 
 @products_backward.register_fake
-def _(dy, x, weight, ends, places, targets, scale, said, need_x, need_weight):
-    M = x.shape[0] if places is None else places.shape[0]
-    drows = x.new_empty(M if need_x else 0, weight.shape[2])
-    dweight = x.new_empty(weight.shape[0] if need_weight else 0, *weight.shape[1:])
-    return drows, dweight, x.new_empty(0) if scale is None else torch.empty_like(scale)
+def _(dy, x, weight, ends, need_x, need_weight):
+    G, N, K = weight.shape
+    return x.new_empty(x.shape[0] if need_x else 0, K), weight.new_empty(G if need_weight else 0, N, K)
 
 
 def inverse(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(0, permutation, torch.arange(len(permutation), device=permutation.device))
 
 
-def combined(y: Tensor, scale: Tensor | None, scatter: Tensor | None, fan_in: int) -> Tensor:
-    """(M, N) -> (M / fan_in, N): each row where `scatter` says, times its scale, and rows of one place added up, in float32."""
-    back = None if scatter is None else inverse(scatter)
-    if scale is None and fan_in > 1 and y.is_floating_point():
-        return F.embedding_bag(back.view(-1, fan_in), y, mode="sum")  # its sums are of float32
-    y = y if back is None else y.index_select(0, back)
-    if scale is None:
-        return y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    scale = scale.to(wide) if back is None else scale.index_select(0, back).to(wide)
-    return torch.bmm(scale.view(-1, 1, fan_in), y.to(wide).unflatten(0, (-1, fan_in))).squeeze(1).to(y.dtype)
+def dealt(x: Tensor, places: Tensor | None, fan: int) -> Tensor:
+    """(M / fan, N) -> (M, N): row m is x[places[m] // fan], where places are a permutation (the identity, if None)."""
+    return x if places is None else x.index_select(0, places if fan == 1 else places // fan)
+
+
+def added(y: Tensor, places: Tensor | None, fan: int) -> Tensor:
+    """(M, N) -> (M / fan, N), the gradient of `dealt`: row m is added to row places[m] // fan. Sums are in float32."""
+    if fan > 1 and y.is_floating_point():
+        return F.embedding_bag(inverse(places).view(-1, fan), y, mode="sum")  # whose sums are
+    y = y if places is None else y.index_select(0, inverse(places))
+    return y if fan == 1 else y.unflatten(0, (-1, fan)).sum(1)
+
+
+def gated(y: Tensor, scale: Tensor, places: Tensor | None, fan: int) -> tuple[Tensor, Tensor]:
+    """`added` of rows times their scale (M,); and the rows as they were, in the order of the results: (M / fan, fan, N)."""
+    back, wide = None if places is None else inverse(places), torch.promote_types(y.dtype, torch.float32)
+    said = dealt(y, back, 1).unflatten(0, (-1, fan))
+    return torch.bmm(dealt(scale, back, 1).to(wide).view(-1, 1, fan), said.to(wide)).squeeze(1).to(y.dtype), said
+
+
+def gated_backward(dy: Tensor, said: Tensor, scale: Tensor, places: Tensor | None, fan: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows (M, N), in the order of their groups, and of scale (M,)."""
+    back, wide = None if places is None else inverse(places), torch.promote_types(dy.dtype, torch.float32)
+    grad = dy.to(wide)
+    dscale = torch.bmm(said.to(wide), grad[:, :, None]).flatten()
+    drows = (grad[:, None] * dealt(scale, back, 1).to(wide).view(-1, fan, 1)).to(dy.dtype).flatten(0, 1)
+    return dealt(drows, places, 1), dealt(dscale, places, 1).to(scale.dtype)
+
+
+class Dealt(Function):
+    """`dealt`, with a gradient: where several products on a CPU read the same rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, places: Tensor, fan: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.fan = fan
+        return dealt(x, places, fan)
+
+    @staticmethod
+    def backward(ctx, drows: Tensor) -> tuple[Tensor, None, None]:
+        return added(drows, *ctx.saved_tensors, ctx.fan), None, None

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.group_products import combined, products, products_backward
+from kernels.group_products import added, dealt, gated, gated_backward, products, products_backward
 from kernels.launch import INTERPRETED, Function, apply, dot, launch, narrow, on_triton, tl, triton
 from kernels.spec import Cost, Draw, Shape, Spec, bytes_of, require
 
@@ -182,19 +182,21 @@ def fused(x: Tensor) -> bool:
 class GroupedMatmul(Function):
     @staticmethod
     def forward(ctx, x, weight, ends, gather, fan_out: int, scatter, fan_in: int, scale):
-        said = None  # what each row gives before the gate, which the gate's gradient needs
+        said = None  # what the rows give before the gate, which the gate's gradient needs
         if fused(x):
             y = times_weights(x.contiguous(), weight, ends, gather, fan_out, scatter, scale)
             y = y if fan_in == 1 else y.unflatten(0, (-1, fan_in)).sum(1, dtype=y.dtype)
         else:
-            places = None if gather is None else gather // fan_out
+            rows = dealt(x, gather, fan_out)
             if x.dtype == torch.int8:
-                y = products(x.double(), weight.double(), ends, places)  # exact: no sum reaches 2^53
+                y = products(rows.double(), weight.double(), ends)  # exact: no sum reaches 2^53
                 y = y.to(torch.int32) if scale is None else y.float()
             else:
-                y = products(x, weight, ends, places)
-            said = None if scale is None else y
-            y = combined(y, scale, scatter, fan_in)
+                y = products(rows, weight, ends)
+            if scale is None:
+                y = added(y, scatter, fan_in)
+            else:
+                y, said = gated(y, scale, scatter, fan_in)
         ctx.save_for_backward(x, weight, ends, gather, scatter, scale, said)
         ctx.fans = fan_out, fan_in
         return y
@@ -207,14 +209,19 @@ class GroupedMatmul(Function):
         drows, dweight, dscale = backward(
             dy.contiguous(), x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale
         )
-        dx = drows if drows is None or gather is None else combined(drows, None, gather, fan_out)
+        dx = None if drows is None else added(drows, gather, fan_out)
         return dx, dweight, None, None, None, None, None, dscale
 
 
 def gradients(dy, x, weight, ends, gather, fan_out, scatter, fan_in, scale, said, need_x, need_weight, need_scale):
     """Of the rows (M, K) as they are multiplied, of weight and scale; None where it is not needed."""
-    places, targets = None if gather is None else gather // fan_out, None if scatter is None else scatter // fan_in
-    drows, dweight, dscale = products_backward(dy, x, weight, ends, places, targets, scale, said, need_x, need_weight)
+    drows = dweight = dscale = None
+    if scale is None:
+        dy = dealt(dy, scatter, fan_in)
+    else:
+        dy, dscale = gated_backward(dy, said, scale, scatter, fan_in)
+    if need_x or need_weight:
+        drows, dweight = products_backward(dy, dealt(x, gather, fan_out), weight, ends, need_x, need_weight)
     return drows if need_x else None, dweight if need_weight else None, dscale if need_scale else None
 
 
