@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kernels.glu import activate, glu
 from kernels.group_products import Dealt
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import fused, grouped_matmul
 from kernels.launch import apply
 from nn.checks import at_least
 from nn.linear import cast_once
@@ -105,7 +105,7 @@ class Experts(nn.Module):
     def hidden(self, x: Tensor, ends: Tensor, **places) -> Tensor:
         """(M, width) of rows sorted by expert, or of tokens that `places` gathers."""
         x = cast_once(x)
-        if places and not x.is_cuda:  # once for both products; on a GPU they gather what they read themselves
+        if places and not fused(x):  # once for both products; Triton's gather what they read
             x, places = apply(Dealt, x, places["gather"], places["fan_out"]), {}
         up = self.up(x, ends, **places)
         if self.gate is None:
