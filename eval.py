@@ -21,10 +21,12 @@ import torch
 
 from data import TASKS, Tokenizer, examples, load, load_tokenizer, windows
 from data.passkey import passkey
-from data.tokens import Tokens
+from data.sources import entries
+from data.tokens import Tokens, load_domains
 from models import Config, LanguageModel
 from models.checkpoint import find
 from models.config import Parser, numbers
+from models.extract_domain import extract
 from models.generate import Sampler, answers, fastest, generate, spoken
 from models.huggingface import export
 from models.machine import autocast, choose_device, choose_dtype, tune_cpu
@@ -33,6 +35,7 @@ from models.probe_experts import draw_experts, entropy, expert_loads, specialisa
 from models.score import answered, bits_per_byte, posed
 from models.weights import load_model, read_config
 from nn.linear import decode_in_half
+from nn.moe.hashed import domains_of
 from nn.objective import OBJECTIVES
 from nn.spec import arguments, build, resolve, signature
 
@@ -45,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
         rows = args.command in (sample, speed) and device.type == "cpu" and args.dtype == "auto"  # one row at a time
         dtype = choose_dtype("float32" if rows else args.dtype, device)
-        model = load_model(folder).to(device).eval()
+        model = load_model(folder)
+        model = (model if args.domain < 0 else extract(model, domain=args.domain)).to(device).eval()
         print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype} on {device}", file=sys.stderr)
         if rows:
             decode_in_half(model)
@@ -177,11 +181,12 @@ def maps(args, folder: Path, model: LanguageModel) -> int:
 def experts(args, folder: Path, model: LanguageModel) -> int:
     """Print how even the loads of the experts are, and what an expert tells of the kind of text; draw their shares."""
     tokenizer, config, counted = tokenizer_of(folder, args.tokenizer), read_config(folder), []
-    domains = args.domains or [config.data]
-    for spec in domains:
+    domains = args.domains or (entries(config.data) if config.domains else [config.data])
+    told = domains_of(model, told=len(domains)) > 1
+    for number, spec in enumerate(domains):
         text = load(spec, tokenizer)[1]
         batches = windows(text, batch_size=args.batch_size, seq_len=config.seq_len, limit=args.tokens)
-        counted.append(expert_loads(model, batches))
+        counted.append(expert_loads(model, batches, domain=number if told else None))
     loads = torch.stack(counted)  # (domains, layers, E)
     print(f"{'mixture':>7} {'busiest / mean':>15} {'idlest / mean':>14} {'entropy, bits':>14} {'of the domain, bits':>20}")
     for number, (row, told) in enumerate(zip(loads.sum(0), specialisation(loads), strict=True), 1):
@@ -201,8 +206,13 @@ def export_published(args, folder: Path, model: LanguageModel) -> int:
 
 
 def validation_text(args, config: Config, tokenizer: Tokenizer) -> Tokens:
-    """The validation text that --data and --val-data name, or else that of the run."""
-    return load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)[1]
+    """The validation text that --data and --val-data name, or else that of the run: of one domain, if the model is."""
+    if args.data or not config.domains:
+        return load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)[1]
+    if args.domain < 0:
+        return load_domains(config.data, tokenizer, val_spec=config.val_data or None)[1]
+    specs = [entries(spec)[args.domain] if spec else None for spec in (config.data, config.val_data)]
+    return load(specs[0], tokenizer, val_spec=specs[1])[1]
 
 
 def tokenizer_of(folder: Path, spec: str) -> Tokenizer:
@@ -218,6 +228,8 @@ def parse(argv: list[str] | None):
                         help="a run, a checkpoint or a published model [the newest run]")  # fmt: skip
     shared.add_argument("--tokenizer", default="", metavar="…",
                         help="where the checkpoint has none: a path or a tiktoken name")  # fmt: skip
+    shared.add_argument("--domain", type=int, default=-1, metavar="N",
+                        help="what the model is for this kind of text alone, where its experts belong to kinds")  # fmt: skip
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     shared.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser = Parser(prog="eval.py", description=__doc__)

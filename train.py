@@ -42,6 +42,7 @@ from models.weights import fill, load_model, read_config, save_config, skeleton
 from nn.adapt import ADAPTERS
 from nn.init import INITS
 from nn.moe import ROUTERS
+from nn.moe.hashed import domains_of
 from nn.norm import NORMS
 from nn.objective import OBJECTIVES
 from nn.parallel.mesh import share_of_rows, sizes_of
@@ -127,7 +128,7 @@ def train(config: Config, resumed: Path | None) -> int:
     else:
         kept = dict(tokenizer=config.tokenizer, vocab_size=config.vocab_size, saved=resumed and resumed / "tokenizer")
         with first_rank_first(rank, world):
-            tokenizer, training, validation = open_text(config.data, val_spec=config.val_data, **kept)
+            tokenizer, training, validation = open_text(config.data, val_spec=config.val_data, domains=config.domains, **kept)
         loader, source = Loader(training, seq_len=config.seq_len, **part_of_all), f"{len(training):,} training tokens"
         ids, counting = tokenizer.vocab_size, objective.share
 
@@ -149,6 +150,7 @@ def train(config: Config, resumed: Path | None) -> int:
     else:
         model = skeleton(config)  # nobody has all of it: each fills in its parts below
     learn_only(model, config.only)
+    kinds = domains_of(model, told=len(loader.tokens.domains) if config.domains else 1)
     flops_a_token = 3 * forward_flops(model, config.seq_len) / config.seq_len
     parameters = sum(p.numel() for p in model.parameters())
     state = RunState(model, model_tensors, partial(build_optimizer, config))
@@ -217,10 +219,9 @@ def train(config: Config, resumed: Path | None) -> int:
         own_time.begin()
         parts, started = [], time.perf_counter()
         for part in range(config.accumulate):
-            inputs, targets, documents = next(loader)
-            inputs, targets = objective(inputs, targets, ids, (config.seed, step, part, place))
-            inputs, targets, documents = (t.to(device, non_blocking=True) for t in (inputs, targets, documents))
-            parts.append((inputs, targets, documents if config.packed else None))
+            batch = next(loader)
+            inputs, targets = objective(batch.inputs, batch.targets, ids, (config.seed, step, part, place))
+            parts.append((inputs, targets, batch.told(packed=config.packed)))
         own_time.loaded()
         scale = scaler.scale(torch.ones((), device=device)).item()  # 1, but for float16
         loss = summed(spread.step(parts, scale / counted_a_step), world) / counted_a_step
@@ -265,8 +266,8 @@ def train(config: Config, resumed: Path | None) -> int:
     if rank == 0:
         draw_curve(run / "log.jsonl", run / "curve.png")
         log.say(f"saved {folder} and {run / 'curve.png'}" + ("; an example:" if task else "; a sample:\n" * model.causal))
-    if rank == 0 and not spread.is_whole:
-        log.say(f"python eval.py sample --checkpoint {run}")
+    if rank == 0 and (kinds > 1 or not spread.is_whole):
+        log.say(f"python eval.py sample --checkpoint {run}" + " --domain 0" * (kinds > 1))
     elif rank == 0 and task:
         with autocast(device, dtype):
             print(worked_example(model, next(examples(task, batch_size=1)), task.spell))

@@ -7,7 +7,7 @@
     tokenizer    text to ids and back; `load_tokenizer` for `--tokenizer`
     hf_tokenizer a Hugging Face tokenizer.json as ranks
     token_files  files of ids written elsewhere
-    tokens       text as a memory-mapped stream of ids; `load` for the whole way
+    tokens       text as a memory-mapped stream of ids; `load` for the whole way, `load_domains` for several kinds of text
     text         the whole way: a tokenizer, and tokens for training and validation
     loader       batches: random windows for training, all windows for evaluation
     tasks        sequences made by a rule, with answers that are known
@@ -32,7 +32,7 @@ from data.tasks import TASKS, Task
 from data.text import open_text
 from data.token_files import write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokens import Tokens, load, tokenize
+from data.tokens import Tokens, load, load_domains, tokenize
 
 __all__ = [
     "IGNORE",
@@ -49,6 +49,7 @@ __all__ = [
     "examples",
     "is_validation",
     "load",
+    "load_domains",
     "load_tokenizer",
     "open_text",
     "python_library",

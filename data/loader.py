@@ -22,6 +22,22 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T) int64: the token after each input, or IGNORE
     documents: Tensor  # (B, T) int32: which document of its row an input belongs to, counted from 0
 
+    def told(self, *, packed: bool) -> dict[str, Tensor]:
+        """What a model is told beside inputs and targets, by the names of its arguments; of documents only where `packed`."""
+        return dict(documents=self.documents) if packed else {}
+
+
+class DomainBatch(NamedTuple):
+    """A batch of text whose kinds are told apart."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor
+    domains: Tensor  # (B, T) int64: the kind of text an input is of
+
+    def told(self, *, packed: bool) -> dict[str, Tensor]:
+        return Batch(*self[:3]).told(packed=packed) | dict(domains=self.domains)
+
 
 class Loader:
     """Endless batches for training: deterministic from `seed`, resumable at any batch, shared out among ranks.
@@ -64,10 +80,10 @@ class Loader:
             rows -= len(taken[-1])
         return np.concatenate(taken)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DomainBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | DomainBatch:
         begins = self._next_rows(self.batch_size * self.world_size)
         return _gather(self.tokens, begins[self.rank * self.batch_size :][: self.batch_size], self.seq_len)
 
@@ -94,7 +110,7 @@ class Loader:
         return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self.tokens)}
 
 
-def windows(tokens: Tokens, *, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch]:
+def windows(tokens: Tokens, *, batch_size: int, seq_len: int, limit: int | None = None) -> Iterator[Batch | DomainBatch]:
     """Batches for evaluation, in order: every token but the first is a target exactly once.
 
     The last window is filled up with inputs 0 and targets IGNORE; the last batch may have fewer rows. `limit` takes
@@ -110,7 +126,7 @@ def windows(tokens: Tokens, *, batch_size: int, seq_len: int, limit: int | None 
     return (_gather(tokens, begins[n : n + batch_size], seq_len) for n in range(0, chosen, batch_size))
 
 
-def _gather(tokens: Tokens, begins: np.ndarray, seq_len: int) -> Batch:
+def _gather(tokens: Tokens, begins: np.ndarray, seq_len: int) -> Batch | DomainBatch:
     """The windows that begin at `begins` (B,), as a batch. What lies beyond the end of the stream is IGNORE."""
     index = begins[:, None] + np.arange(seq_len + 1)  # (B, T + 1)
     beyond = index >= len(tokens)
@@ -127,11 +143,14 @@ def _gather(tokens: Tokens, begins: np.ndarray, seq_len: int) -> Batch:
     documents[row, tokens.starts[first[row] + nth] - begins[row]] = 1
     np.cumsum(documents, axis=1, out=documents)
 
-    return Batch(
+    batch = Batch(
         torch.from_numpy(np.where(inputs == IGNORE, 0, inputs)),
         torch.from_numpy(np.ascontiguousarray(targets)),
         torch.from_numpy(documents),
     )
+    if tokens.domains is None:
+        return batch
+    return DomainBatch(*batch, torch.from_numpy(np.searchsorted(tokens.domains, index[:, :-1], side="right") - 1))
 
 
 def _check(tokens: Tokens, batch_size: int, seq_len: int, least: int | None = None) -> None:

@@ -45,10 +45,15 @@ def resolve(spec: str, cache: str | os.PathLike | None = None) -> list[Source]:
     Names that begin with a dot and __pycache__ are passed over. Raises ValueError naming the entry that is empty,
     matches no file or has an option it cannot have.
     """
-    entries = [spec] if os.path.exists(spec) else [entry.strip() for entry in spec.split(",")]
-    if "" in entries:
+    return [source for entry in entries(spec) for source in _entry(entry, cache)]
+
+
+def entries(spec: str) -> list[str]:
+    """The entries of a spec. ValueError for an empty one."""
+    found = [spec] if os.path.exists(spec) else [entry.strip() for entry in spec.split(",")]
+    if "" in found:
         raise ValueError(f"data: an empty entry in {spec!r}")
-    return [source for entry in entries for source in _entry(entry, cache)]
+    return found
 
 
 def _entry(entry: str, cache) -> list[Source]:

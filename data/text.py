@@ -4,19 +4,26 @@ from pathlib import Path
 
 from data.corpus import training_documents
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokens import Tokens, load
+from data.tokens import Tokens, load, load_domains
 
 
 def open_text(
-    spec: str, *, val_spec: str = "", tokenizer: str = "bpe", vocab_size: int, saved: Path | None = None
+    spec: str,
+    *,
+    val_spec: str = "",
+    tokenizer: str = "bpe",
+    vocab_size: int,
+    saved: Path | None = None,
+    domains: bool = False,
 ) -> tuple[Tokenizer, Tokens, Tokens]:
     """The tokenizer in the folder `saved`, or else the one that `tokenizer` names ("bpe" learns from the text); and tokens.
 
-    `spec` and `val_spec` are as --data and --val-data have them, "" a share of `spec`. ValueError for what cannot be read.
+    `spec` and `val_spec` are as --data and --val-data have them, "" a share of `spec`; with `domains` each of their entries
+    is a kind of text of its own. ValueError for what cannot be read.
     """
 
     def texts():
         return (document.text for document in training_documents(spec, val_spec or None))
 
     made = Tokenizer.load(saved) if saved else load_tokenizer(tokenizer, texts=texts, vocab_size=vocab_size)
-    return made, *load(spec, made, val_spec=val_spec or None)
+    return made, *(load_domains if domains else load)(spec, made, val_spec=val_spec or None)

@@ -11,7 +11,7 @@ and of the tokenizer, so that no other text or tokenizer can ever meet these ids
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.cache import cache_folder, content_hash, new_folder
 from data.corpus import Document, documents, training_documents, validation_documents
-from data.sources import Source, resolve
+from data.sources import Source, entries, resolve
 from data.token_files import Stream, open_files
 from data.tokenizer import Tokenizer
 
@@ -33,10 +33,12 @@ class Tokens:
 
     ids: (tokens,) memory-mapped, uint16 where the vocabulary fits, else uint32; or a `Stream` of several shards.
     starts: (documents,) int64, increasing: the positions where documents begin. The first is 0.
+    domains: (domains,) int64, increasing: the positions where each kind of text begins; None where kinds are not told apart.
     """
 
     ids: np.ndarray | Stream
     starts: np.ndarray
+    domains: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,6 +77,30 @@ def load(
     position = len(tokens) * 9 // 10
     before = tokens.starts[np.searchsorted(tokens.starts, position, side="right") - 1]
     return tokens.split(int(before) or position)
+
+
+def load_domains(
+    spec: str, tokenizer: Tokenizer, *, val_spec: str | None = None, cache: str | os.PathLike | None = None
+) -> tuple[Tokens, Tokens]:
+    """The same, each entry of the spec being a domain: a kind of text of its own, one tenth of which is for validation.
+
+    ValueError where `val_spec` has not as many entries, besides.
+    """
+    specs = entries(spec)
+    held = entries(val_spec) if val_spec else [None] * len(specs)
+    if len(held) != len(specs):
+        raise ValueError(f"val_data: {len(held)} entries, where --data has {len(specs)} domains")
+    sides = zip(*(load(one, tokenizer, val_spec=val, cache=cache) for one, val in zip(specs, held, strict=True)), strict=True)
+    training, validation = (_in_a_row(side) for side in sides)
+    return training, validation
+
+
+def _in_a_row(streams: Sequence[Tokens]) -> Tokens:
+    """Streams one behind the other, each a domain."""
+    arrays = [array for one in streams for array in (one.ids.arrays if isinstance(one.ids, Stream) else [one.ids])]
+    begins = np.cumsum([0, *map(len, streams)])[:-1]
+    starts = np.concatenate([one.starts + begin for one, begin in zip(streams, begins, strict=True)])
+    return Tokens(Stream(arrays), starts, begins)
 
 
 def tokenize(

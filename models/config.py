@@ -26,6 +26,7 @@ class Config:
                      "what to learn from: python (its standard library); files, folders, globs, URLs, joined by commas; or a "
                      "task, task:induction:length=64 (--list task)")
     val_data: str = flag("data", "", "what to validate on (default: a tenth of the documents)")
+    domains: bool = flag("data", False, "each entry of data is a kind of text of its own (moe:router=hash/domains=2)")
     tokenizer: str = flag("data", "bpe", "bpe (trained on the data), byte, a path, or the name of a tiktoken encoding")
 
     model: str = flag("model", "small", f"a preset, which sets all of this section: {', '.join(PRESETS)}")
@@ -96,6 +97,8 @@ class Config:
             raise ValueError(f"model: no preset {self.model!r}{nearest(self.model, PRESETS)}; there are: {', '.join(PRESETS)}")
         for name, least in LEAST.items():
             at_least(least, **{name: getattr(self, name)})
+        if self.domains and self.data.startswith("task:"):
+            raise ValueError("domains: a task is of one kind; texts are what may be of several")
         for spec in dataclasses.fields(self):
             choices = spec.metadata["choices"]
             if choices and getattr(self, spec.name) not in choices:

@@ -187,6 +187,8 @@ def with_teacher(model: LanguageModel, config: Config) -> nn.Module:
         if config.match:
             raise ValueError(f"match: {config.match!r} needs a --teacher")
         return model
+    if config.domains:
+        raise ValueError("domains: not with a teacher, who is not told them")
     if config.compile:
         raise ValueError("compile: not with a teacher, whose layers are watched as they run")
     try:

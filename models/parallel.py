@@ -21,6 +21,7 @@ from kernels.shards import cuts, local, sum_of_squares
 from models.language_model import LanguageModel
 from models.pipeline import PIPELINES, Pipeline
 from nn.moe.expert_parallel import share_experts
+from nn.moe.hashed import domains_of
 from nn.moe.host_experts import HostLinear
 from nn.parallel.mixers import share_sequence
 from nn.parallel.tensor import share_layers
@@ -100,21 +101,23 @@ class Spread:
     def is_whole(self) -> bool:
         return keeps_whole(self.sizes)
 
-    def step(self, parts: list[tuple[Tensor, Tensor, Tensor | None]], scale: float) -> Tensor:
-        """Gradients of `scale` times the loss of all parts, (inputs, targets, documents) each, of all processes.
+    def step(self, parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]], scale: float) -> Tensor:
+        """Gradients of `scale` times the loss of all parts of all processes: inputs, targets, and what else the model is given.
 
         Its value here: the sum over all processes is the loss.
         """
         factor = scale * self.averaged
+        to = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        parts = [(to(inputs), to(targets), {name: to(x) for name, x in given.items()}) for inputs, targets, given in parts]
         if self.pipeline:
-            inputs, targets, documents = zip(*parts, strict=True)
-            documents = None if documents[0] is None else torch.cat(documents)
+            inputs, targets, given = zip(*parts, strict=True)
+            documents = torch.cat([each["documents"] for each in given]) if "documents" in given[0] else None
             total = self.pipeline.step(torch.cat(inputs), torch.cat(targets), documents, factor) / factor
         else:
             total = torch.zeros((), device=parts[0][0].device)
-            for inputs, targets, documents in parts:
+            for inputs, targets, given in parts:
                 with self.autocast():
-                    loss = self.forward(inputs, targets, documents=documents)
+                    loss = self.forward(inputs, targets, **given)
                 (loss * factor).backward()
                 total = total + loss.detach()
         self.add_up()
@@ -160,13 +163,13 @@ class Spread:
         return logits
 
     @torch.no_grad()
-    def judge(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+    def judge(self, inputs: Tensor, targets: Tensor, **given: Tensor) -> Tensor:
         """The loss of some rows, which are the same on all processes; as is the result."""
         if self.pipeline:
-            loss = self.pipeline.judge(inputs, targets, documents)
+            loss = self.pipeline.judge(inputs, targets, given.get("documents"))
         else:
             with self.autocast():
-                loss = self.model(inputs, targets, documents=documents)
+                loss = self.model(inputs, targets, **given)
         if not self.is_whole:
             dist.all_reduce(loss, group=self.of_a_row)
         return loss
@@ -207,6 +210,8 @@ def check(sizes: dict[str, int], wrapped: bool, model: nn.Module) -> None:
     if shared and (shards(sizes) or sizes["pp"] > 1):
         raise ValueError(f"mesh: layers that share parameters ({', '.join(dict.fromkeys(shared))}) go neither with pp nor with "
                          "weights that are cut: fsdp, or tp beside rows that are shared out")  # fmt: skip
+    if sizes["pp"] > 1 and domains_of(model) > 1:
+        raise ValueError("mesh: experts of domains go with any axis but pp, whose stages are not told the domain")
     if sizes["ep"] > 1 and others:
         raise ValueError(f"mesh: ep goes together with {', '.join(WITH_EXPERTS)}, not with {', '.join(others)}")
 

@@ -12,9 +12,10 @@ from nn.moe.routing import Routing, counts_of
 
 
 @torch.inference_mode()
-def expert_loads(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]]) -> Tensor:
+def expert_loads(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], domain: int | None = None) -> Tensor:
     """(layers, E) int64: how many choices of the inputs (B, T), the first of each batch, each expert of each mixture has.
 
+    `domain`: the kind of text they are of, where the model is to be told.
     ValueError where the model has no mixture, or mixtures of different numbers of experts.
     """
     layers = [module for module in model.stack.modules() if isinstance(getattr(module, "router", None), torch.nn.Module)]
@@ -25,7 +26,8 @@ def expert_loads(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]]) ->
     (many,) = sizes
     loads = torch.zeros(len(layers), many, dtype=torch.int64)
     for inputs, *_ in batches:
-        model.hidden(inputs.to(model.head.weight.device))
+        device = model.head.weight.device
+        model.hidden(inputs.to(device), domains=None if domain is None else torch.tensor([[domain]], device=device))
         routings: list[Routing] = [layer.routing for layer in layers]
         loads += torch.stack([counts_of(routing.experts, many).cpu() for routing in routings])
     return loads

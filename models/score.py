@@ -13,13 +13,13 @@ from models.language_model import LanguageModel
 from nn.objective import MaskedTokens, NextToken
 
 
-def posed(batches: Iterable, objective: NextToken | MaskedTokens, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def posed(batches: Iterable, objective: NextToken | MaskedTokens, size: int) -> Iterator[tuple[Tensor | None, ...]]:
     """Batches as the objective asks for them, each row the same every time. `size`: how many ids the tokenizer has."""
     numbers = itertools.count()
-    for inputs, targets, documents in batches:
+    for inputs, targets, *rest in batches:
         rows = [objective(*row, size, (next(numbers),)) for row in zip(inputs, targets, strict=True)]
         inputs, targets = (torch.stack(part) for part in zip(*rows, strict=True))
-        yield inputs, targets, documents
+        yield inputs, targets, *rest
 
 
 @torch.inference_mode()
@@ -33,14 +33,16 @@ def bits_per_byte(
 ) -> float:
     """Bits the model needs for the targets of all `batches`, for each byte of text that they stand for.
 
-    Batches hold inputs, targets (-100: does not count) and documents, each (B, T). Ends of documents cost bits, like any
-    token, but are no text: `token_bytes` (V,) says 0 for them. The number is also the compressed size, in bits a byte,
-    that an arithmetic coder would reach with this model; of an encoder it is a figure for the tokens that are hidden from it.
+    Batches hold inputs, targets (-100: does not count), documents, perhaps domains, each (B, T). Ends of documents cost
+    bits, like any token, but are no text: `token_bytes` (V,) says 0 for them. The number is also the compressed size, in bits
+    a byte, that an arithmetic coder would reach; of an encoder it is a figure for the tokens that are hidden from it.
     `model` is one, or what gives its losses; then `device` says where.
     """
     device, nats, length = device or model.head.weight.device, 0.0, 0
-    for inputs, targets, documents in batches:
-        loss = model(inputs.to(device), targets.to(device), documents=documents.to(device) if packed else None)
+    for inputs, targets, documents, *domains in batches:
+        given = dict(documents=documents if packed else None, domains=domains[0] if domains else None)
+        given = {name: x.to(device) for name, x in given.items() if x is not None}
+        loss = model(inputs.to(device), targets.to(device), **given)
         nats += loss.item()
         length += int(token_bytes[targets[targets >= 0].numpy()].sum())
     if length == 0:

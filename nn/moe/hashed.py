@@ -1,9 +1,23 @@
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nn.checks import at_least
 from nn.context import Context
 from nn.moe.routing import Router, Routing, tokens_of
+
+
+def domains_of(model: nn.Module, told: int | None = None) -> int:
+    """How many kinds of text the layers of a model tell apart; 1 where none does.
+
+    ValueError where they do not agree, or where text of other than so many kinds (`told`) is what they would read.
+    """
+    found = {module.domains for module in model.modules() if isinstance(module, HashRouter)} - {1} or {1}
+    if len(found) > 1:
+        raise ValueError(f"domains: layers of one model tell {' and '.join(map(str, sorted(found)))} kinds of text apart")
+    (many,) = found
+    if told is not None and many not in (1, told):
+        raise ValueError(f"domains: layers tell {many} kinds of text apart, the text has {told}; with --domains, an entry each")
+    return many
 
 
 class HashRouter(Router):
@@ -13,8 +27,8 @@ class HashRouter(Router):
     up to one, drawn at random a layer; equal shares of ids are not equal shares of tokens, which are Zipfian. With `domains`
     it is the random routed experts of Ren et al. 2023, "PanGu-Sigma" (arXiv:2303.10845), section 3.2: a token goes to the
     group of experts of its domain (`context.domains`), and in it to the one that its id has there; so the experts of one
-    domain can be cut out as a model of their own. `top_k` tables give as many choices of equal weight (their "MultiHash" adds
-    the outputs of several, too). `seed` and the number of the layer draw the tables.
+    domain can be cut out as a model of their own (`eval.py --domain 1`). `top_k` tables give as many choices of equal weight
+    (their "MultiHash" adds the outputs of several, too). `seed` and the number of the layer draw the tables.
     ValueError where experts cannot be shared among the domains, or the tokens have no domains.
     """
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,16 @@ def test_dtypes_and_shapes():
     batch = next(Loader(numbered(100), batch_size=3, seq_len=8, seed=0))
     assert [tensor.dtype for tensor in batch] == [torch.int64, torch.int64, torch.int32]
     assert {tensor.shape for tensor in batch} == {(3, 8)} and all(tensor.is_contiguous() for tensor in batch)
+
+
+def test_kinds_of_text_are_told_apart():
+    """Beside what is in a batch anyway: of each input, after which of the positions where a kind begins it stands."""
+    options = dict(batch_size=3, seq_len=8, seed=0)
+    batch, kinds = (next(Loader(replace(numbered(100), domains=d), **options)) for d in (None, np.array([0, 30, 60])))
+    assert all(torch.equal(*pair) for pair in zip(batch, kinds[:3], strict=True))
+    assert torch.equal(kinds.domains, (kinds.inputs >= 30).long() + (kinds.inputs >= 60)) and kinds.domains.unique().numel() > 1
+    assert {*batch.told(packed=False)} == set() and {*kinds.told(packed=False)} == {"domains"}
+    assert {*batch.told(packed=True)} == {"documents"} and {*kinds.told(packed=True)} == {"documents", "domains"}
 
 
 @given(st.integers(2, 150), st.integers(1, 12), st.integers(1, 5))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Document, Tokenizer, Tokens, load, load_tokenizer, tokenize, write_shard
+from data import Document, Tokenizer, Tokens, load, load_domains, load_tokenizer, tokenize, windows, write_shard
 from data.sources import Source
 from data.token_files import Stream, open_files
 
@@ -293,3 +294,28 @@ def test_a_stream_of_shards_reads_as_one_array(lengths, data):
         index = np.array(data.draw(st.lists(st.lists(st.integers(0, len(part) - 1), min_size=3, max_size=3), max_size=4)))
         index = index.astype(np.int64).reshape(-1, 3)
         assert np.array_equal(part[index], whole[start:stop][index])
+
+
+# --- kinds of text -----------------------------------------------------------------------------------------------
+
+
+def test_each_entry_of_a_spec_is_a_domain(tmp_path):
+    """One tenth of each is for validation, as if it stood alone; a row knows of each token which kind it is of."""
+    texts = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for number, text in enumerate(texts):
+        text.write_text(f"line {number}\n" * 20 * (number + 1))
+    spec = ",".join(map(str, texts))
+    alone = [load(str(text), BYTE, cache=tmp_path) for text in texts]
+    for side, tokens in enumerate(load_domains(spec, BYTE, cache=tmp_path)):
+        parts = [pair[side] for pair in alone]
+        assert tokens.ids[np.arange(len(tokens))].tolist() == [id for part in parts for id in part.ids.tolist()]
+        assert np.diff([*tokens.domains, len(tokens)]).tolist() == [len(part) for part in parts]
+        assert set(tokens.domains) <= set(tokens.starts)
+        assert (tokens.ids[tokens.starts] == BYTE.eot).all()
+        every = np.repeat(range(3), [len(part) for part in parts])
+        batches = list(windows(tokens, batch_size=4, seq_len=7))
+        assert torch.cat([batch.domains.flatten() for batch in batches])[: len(every)].tolist() == every.tolist()
+    held = load_domains(spec, BYTE, val_spec=",".join(map(str, reversed(texts))), cache=tmp_path)[1]
+    assert held.ids[np.arange(5)].tolist() == [256, *b"line"] and held.domains[1] == 1 + 60 * len("line 2\n")
+    with pytest.raises(ValueError, match="^val_data: 2 entries, where --data has 3 domains"):
+        load_domains(spec, BYTE, val_spec=",".join(map(str, texts[:2])), cache=tmp_path)

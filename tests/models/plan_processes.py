@@ -88,7 +88,7 @@ def meshes() -> None:
         spread = Spread(model, sizes, pipeline=pipeline or "1f1b", rows=PARTS * ROWS, parts=PARTS)
         order = torch.Generator().manual_seed(dist.get_rank() // (sizes["ulysses"] * sizes["tp"]))
         tokens = torch.cat([torch.randperm(64, generator=order) for _ in range(2)]).view(PARTS, ROWS, 16)  # each id twice
-        parts = [(part, part, None) for part in tokens]
+        parts = [(part, part, {}) for part in tokens]
         spread.step(parts, 1.0)  # in the first one, engines tell each other more than later
         with Counted(torch.bfloat16) as counted:
             spread.step(parts, 1.0)

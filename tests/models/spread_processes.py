@@ -87,7 +87,8 @@ class Run:
     def step(self, number: int) -> tuple[float, float]:
         """(loss, norm of the gradient) of a step of some parts."""
         rows = zip(*(x.chunk(PARTS) for x in batch(number)), strict=True)
-        parts = [tuple(x.chunk(self.places)[self.place] for x in part) for part in rows]
+        parts = [[x.chunk(self.places)[self.place] for x in part] for part in rows]
+        parts = [(inputs, targets, dict(documents=documents)) for inputs, targets, documents in parts]
         total = self.spread.step(parts, 1 / (ROWS * 15))
         if self.sizes:
             dist.all_reduce(total)

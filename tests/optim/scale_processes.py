@@ -34,7 +34,7 @@ def overflow(mesh: str, world: int) -> None:
     optimizer = AdamW([p for p in model.parameters()], lr=0.01)
     scaler = LossScale(interval=2)
     tokens = torch.randint(50, (2, 2, 17), generator=torch.Generator().manual_seed(0))
-    parts = [(part[:, :-1], part[:, 1:], None) for part in tokens]
+    parts = [(part[:, :-1], part[:, 1:], {}) for part in tokens]
     changed, scales = [], []
     for step in range(4):
         before = [local(p).detach().clone() for p in model.parameters()]
