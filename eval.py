@@ -207,12 +207,13 @@ def export_published(args, folder: Path, model: LanguageModel) -> int:
 
 def validation_text(args, config: Config, tokenizer: Tokenizer) -> Tokens:
     """The validation text that --data and --val-data name, or else that of the run: of one domain, if the model is."""
-    if args.data or not config.domains:
-        return load(args.data or config.data, tokenizer, val_spec=args.val_data or config.val_data or None)[1]
-    if args.domain < 0:
-        return load_domains(config.data, tokenizer, val_spec=config.val_data or None)[1]
-    specs = [entries(spec)[args.domain] if spec else None for spec in (config.data, config.val_data)]
-    return load(specs[0], tokenizer, val_spec=specs[1])[1]
+    data, held, read = args.data or config.data, args.val_data or config.val_data, load
+    if config.domains and not (args.data or args.val_data):
+        if args.domain < 0:
+            read = load_domains
+        else:
+            data, held = (entries(spec)[args.domain] if spec else "" for spec in (data, held))
+    return read(data, tokenizer, val_spec=held or None)[1]
 
 
 def tokenizer_of(folder: Path, spec: str) -> Tokenizer:

@@ -49,6 +49,7 @@ def test_all_text_is_judged_as_in_training_and_each_kind_by_itself(run, capsys):
     assert min(own) < both < max(own)
     named = [bits(run, capsys, "--domain", str(number), "--data", text) for number, text in enumerate(TEXTS)]
     assert named == own
+    assert bits(run, capsys, "--domain", "1", "--val-data", TEXTS[1]) != own[1]  # all of it, not a tenth
     crossed = [bits(run, capsys, "--domain", str(1 - number), "--data", text) for number, text in enumerate(TEXTS)]
     assert all(wrong > right + 0.01 for wrong, right in zip(crossed, own, strict=True)), (own, crossed)
 
