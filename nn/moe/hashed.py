@@ -66,7 +66,7 @@ class HashRouter(Router):
         tokens, domains = tokens_of(context), 0
         if self.domains > 1:
             if context.domains is None:
-                raise ValueError(f"domains: the router has {self.domains}, but the tokens were given none (eval.py: --domain N)")
+                raise ValueError(f"domains: the router has {self.domains}, but the tokens were given none (--domain N)")
             domains = context.domains.expand(context.tokens.shape).flatten()
         experts = self.table[domains, tokens].long()  # (N, K)
         wide = torch.promote_types(x.dtype, torch.float32)
