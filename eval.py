@@ -192,7 +192,7 @@ def experts(args, folder: Path, model: LanguageModel) -> int:
     for number, (row, told) in enumerate(zip(loads.sum(0), specialisation(loads), strict=True), 1):
         ratios = row.double() / row.double().mean()
         print(f"{number:>7} {ratios.max():>15.2f} {ratios.min():>14.2f} {entropy(row):>14.3f} {told:>20.3f}")
-    draw_experts(loads, domains, Path(args.to))
+    draw_experts(loads, [Path(spec).name for spec in domains], Path(args.to))
     print(f"wrote {args.to}")
     return 0
 
