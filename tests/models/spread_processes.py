@@ -140,7 +140,8 @@ def trained(name: str, sizes: dict[str, int] | None, pipeline: str = "1f1b"):
     """(losses and norms of ten steps, what is judged, parameters by name)."""
     run = Run(name, sizes, pipeline)
     numbers = torch.tensor([run.step(number) for number in range(STEPS)], dtype=torch.float64)
-    judged = run.spread.judge(*batch(STEPS))[None].double()
+    inputs, targets, documents = batch(STEPS)
+    judged = run.spread.judge(inputs, targets, documents=documents)[None].double()
     return numbers[:, 0], numbers[:, 1], judged, {n: whole_of(p).detach() for n, p in run.model.named_parameters()}
 
 
