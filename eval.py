@@ -22,6 +22,7 @@ import torch
 from data import TASKS, Tokenizer, examples, load, load_tokenizer, windows
 from data.passkey import passkey
 from data.sources import entries
+from data.text import validation_of_domain
 from data.tokens import Tokens, load_domains
 from models import Config, LanguageModel
 from models.checkpoint import find
@@ -207,13 +208,11 @@ def export_published(args, folder: Path, model: LanguageModel) -> int:
 
 def validation_text(args, config: Config, tokenizer: Tokenizer) -> Tokens:
     """The validation text that --data and --val-data name, or else that of the run: of one domain, if the model is."""
-    data, held, read = args.data or config.data, args.val_data or config.val_data, load
-    if config.domains and not (args.data or args.val_data):
-        if args.domain < 0:
-            read = load_domains
-        else:
-            data, held = (entries(spec)[args.domain] if spec else "" for spec in (data, held))
-    return read(data, tokenizer, val_spec=held or None)[1]
+    data, held = args.data or config.data, args.val_data or config.val_data
+    told = config.domains and not (args.data or args.val_data)
+    if told and args.domain >= 0:
+        return validation_of_domain(data, held, tokenizer, args.domain)
+    return (load_domains if told else load)(data, tokenizer, val_spec=held or None)[1]
 
 
 def tokenizer_of(folder: Path, spec: str) -> Tokenizer:
